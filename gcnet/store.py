@@ -1,0 +1,209 @@
+"""Compute once: results live in `runs/<kind>-<hash>/`, written atomically, checksummed, with their provenance."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger("gcnet")
+
+
+def runs_folder() -> Path:
+    """Where computed things are kept: `GCNET_RUNS`, default `runs/`."""
+    return Path(os.environ.get("GCNET_RUNS", "runs"))
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, renamed over it only on success: readers see the old file or the new.
+
+    On any error (disk full, Ctrl-C) the old file stays and the temporary one is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{path.suffix}")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@cache
+def _git() -> tuple[str, bool]:
+    folder = Path(__file__).resolve().parent.parent
+
+    def run(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
+
+    try:
+        # Only code and parameters can change a result; results/ and prose may be dirty while a study runs.
+        return run("rev-parse", "HEAD"), bool(run("status", "--porcelain", "--", "gcnet", "notebooks", "params"))
+    except (OSError, subprocess.SubprocessError):
+        return "unknown", False
+
+
+def provenance() -> dict[str, Any]:
+    """What produced a result: code version, package versions, machine, peak memory of this process (MiB)."""
+    import numpy
+    import torch
+    import torchvision
+
+    from gcnet import __version__
+
+    sha, dirty = _git()
+    return {
+        "git_sha": sha,
+        "git_dirty": dirty,
+        "versions": {
+            "gcnet": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "numpy": numpy.__version__,
+        },
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    }
+
+
+class Store:
+    """Results by what they were computed from.
+
+    An entry is a folder of files plus `entry.json`, which is written last: a folder without it does not count.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = root or runs_folder()
+
+    @staticmethod
+    def key(kind: str, inputs: dict[str, Any]) -> str:
+        """`<kind>-<16 hex digits>` of the canonical JSON of the inputs; inputs that are None do not count.
+
+        So a new parameter whose neutral value is None renames nothing that was computed before it.
+        """
+        present = {name: value for name, value in inputs.items() if value is not None}
+        canonical = json.dumps({"kind": kind, **present}, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return f"{kind}-{hashlib.sha256(canonical.encode()).hexdigest()[:16]}"
+
+    def find(self, kind: str, inputs: dict[str, Any]) -> Path | None:
+        """The entry's folder if it is complete and its checksums hold, else None (a corrupt one is set aside)."""
+        folder = self.root / self.key(kind, inputs)
+        try:
+            entry = json.loads((folder / "entry.json").read_text(encoding="utf-8"))
+            intact = all(sha256_file(folder / name) == digest for name, digest in entry["files"].items())
+        except FileNotFoundError:
+            intact = False
+            if not (folder / "entry.json").exists():
+                return None
+        except (json.JSONDecodeError, KeyError, OSError):
+            intact = False
+        if intact:
+            return folder
+        aside = folder.with_name(f"{folder.name}.corrupt-{uuid.uuid4().hex[:6]}")
+        folder.rename(aside)
+        log.warning("store entry %s does not match its checksums: set aside as %s, computing again", folder, aside.name)
+        return None
+
+    def once(self, kind: str, inputs: dict[str, Any], compute: Callable[[Path], None]) -> Path:
+        """The entry's folder, computed by `compute(folder)` only if no earlier run left it.
+
+        `compute` writes its files into the folder it is given; the same (unfinished) folder is given again after an
+        interruption, so what it keeps there (a checkpoint) serves to resume. Where two processes compute the same
+        entry, the first to finish wins and both return the same files.
+        """
+        found = self.find(kind, inputs)
+        if found:
+            return found
+        final = self.root / self.key(kind, inputs)
+        partial = self._claim(final.name)
+        started = time.perf_counter()
+        compute(partial)
+        files = {p.name: sha256_file(p) for p in sorted(partial.iterdir()) if p.is_file() and p.name != "owner"}
+        entry = {"kind": kind, "inputs": inputs, "files": files, "provenance": provenance()}
+        entry["wall_s"] = round(time.perf_counter() - started, 3)
+        (partial / "owner").unlink(missing_ok=True)
+        write_json(partial / "entry.json", entry)
+        try:
+            partial.rename(final)
+        except OSError:  # somebody else finished first (their folder is there and not empty): theirs is the result
+            shutil.rmtree(partial, ignore_errors=True)
+        result = self.find(kind, inputs)
+        if result is None:
+            raise OSError(f"store entry {final} could not be written")
+        return result
+
+    def _claim(self, name: str) -> Path:
+        """An unfinished folder of this entry: one that a dead process left, or a new one."""
+        unfinished = self.root / ".unfinished"
+        unfinished.mkdir(parents=True, exist_ok=True)
+        for folder in sorted(unfinished.glob(f"{name}.*")):
+            if not _alive(folder / "owner"):
+                mine = unfinished / f"{name}.{uuid.uuid4().hex[:8]}"
+                try:
+                    folder.rename(mine)  # atomic: of two claimants one fails
+                except OSError:
+                    continue
+                _own(mine)
+                return mine
+        mine = unfinished / f"{name}.{uuid.uuid4().hex[:8]}"
+        mine.mkdir()
+        _own(mine)
+        return mine
+
+
+def _own(folder: Path) -> None:
+    (folder / "owner").write_text(f"{platform.node()} {os.getpid()}", encoding="utf-8")
+
+
+def _alive(owner: Path) -> bool:
+    """Whether the process that claimed an unfinished folder still runs (on another host: taken as alive for a day)."""
+    try:
+        host, pid = owner.read_text(encoding="utf-8").split()
+        if host != platform.node():
+            return time.time() - owner.stat().st_mtime < 86400
+        if int(pid) == os.getpid():
+            return False
+        os.kill(int(pid), 0)
+        return True
+    except PermissionError:
+        return True
+    except (OSError, ValueError):
+        return False
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+if sys.platform == "win32":  # pragma: no cover
+    raise ImportError("gcnet needs a POSIX system (Linux or macOS)")

@@ -1,0 +1,158 @@
+"""A study: every parameter of a run, validated once, immutable, found in `params/<name>.yaml`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from gcnet.errors import unknown
+
+PARAMS = Path("params")
+
+
+class Study(BaseModel):
+    """The parameters of one run; unknown keys are errors, names are checked against the registries.
+
+    Shares and sparsities are fractions, sizes are pixels, learning rates are the schedule's peak.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    study: str = Field("digits", description="name: results go to results/<study>/")
+
+    # data
+    dataset: str = Field("digits", description="registry name, or image_folder:PATH")
+    image_size: int = Field(32, ge=8, description="height and width the images are resized to")
+    channels: Literal[1, 3] = 1
+    val_share: float = Field(0.1, ge=0, lt=1, description="share of the training images kept for choices")
+    split_seed: int = Field(0, ge=0)
+    train_images: int = Field(0, ge=0, description="use only this many training images, class-balanced; 0 = all")
+    natural_shifts: tuple[str, ...] = ()
+
+    # network and its training
+    network: str = "vgg16_bn"
+    width: float = Field(0.25, gt=0, description="channel multiplier")
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    epochs: int = Field(15, ge=1)
+    batch_size: int = Field(128, ge=2)
+    lr: float = Field(0.1, gt=0)
+    schedule: Literal["one_cycle", "step"] = "one_cycle"
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(5e-4, ge=0)
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    crop_padding: int = Field(4, ge=0, description="random crop after zero-padding by this many pixels; 0 = none")
+    flip: bool = Field(True, description="random horizontal flip")
+
+    # GC-Net
+    pruners: tuple[str, ...] = ("l1", "l1_layer", "os_synflow")
+    sparsities: tuple[float, ...] = (0.8, 0.95)
+    guidance: dict[str, tuple[str, ...]] = Field(
+        {"pearson": ("Full", "FH", "BH", "B25"), "partial": ("Full", "BH", "B25")},
+        description="similarity metric -> hybrids run with it; direct pruning always runs",
+    )
+    tap: Literal["conv", "relu"] | None = Field(None, description="None: the similarity's own (conv; partial: relu)")
+    classwise: bool = False
+    absolute: bool = False
+    residual: Literal["all", "nearest"] = "all"
+    connectivity_images: int = Field(0, ge=0, description="training images that connectivity is measured on; 0 = all")
+    ghost_batchnorm: Literal["identity", "original"] = "identity"
+    finetune_epochs: int = Field(1, ge=0)
+    finetune_lr: float = Field(0.02, gt=0)
+    flops_similarities: tuple[str, ...] = Field(
+        ("pearson", "spearman", "cosine", "distance", "hsic", "mutual_information", "partial"),
+        description="similarity metrics compared in Figure 4 (masks only, no fine-tuning)",
+    )
+
+    # shift evaluation
+    shifts: tuple[str, ...] = Field(("all",), description="corruption names, or 'all'")
+    severities: tuple[int, ...] = (1, 2, 3, 4, 5)
+    severity_table: Literal["cifar-c", "imagenet-c"] = "cifar-c"
+    shift_images: int = Field(2000, ge=0, description="test images that are corrupted, class-balanced; 0 = all")
+
+    # machine
+    device: str = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    @field_validator("sparsities")
+    @classmethod
+    def _sparsities_in_range(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        for value in values:
+            if not (0 <= value < 1) or math.isnan(value):
+                raise ValueError(f"sparsity {value} is outside [0, 1)")
+        return values
+
+    @field_validator("severities")
+    @classmethod
+    def _severities_in_range(cls, values: tuple[int, ...]) -> tuple[int, ...]:
+        for value in values:
+            if value not in (1, 2, 3, 4, 5):
+                raise ValueError(f"severity {value} is outside 1..5 (0, the clean set, is always evaluated)")
+        return values
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Study:
+        # Imported here: study.py stands above every registry it checks against.
+        from gcnet import connectivity, data, hybrid, networks, pruning, shifts
+
+        def check(kind: str, names: Any, known: Any) -> None:
+            for name in names:
+                if name not in known:
+                    raise unknown(kind, name, known)
+
+        if not self.dataset.startswith("image_folder:"):
+            check("data set", [self.dataset], data.DATASETS)
+        if not self.network.startswith("torchvision:"):
+            check("network", [self.network], networks.NETWORKS)
+        check("pruner", self.pruners, pruning.PRUNERS)
+        check("similarity", [*self.guidance, *self.flops_similarities], connectivity.SIMILARITIES)
+        for hybrids in self.guidance.values():
+            check("hybrid", hybrids, [h for h in hybrid.HYBRIDS if h != "direct"])
+        check("shift", self.shifts, [*shifts.CORRUPTIONS, "all"])
+        check("natural shift", self.natural_shifts, shifts.NATURAL_SHIFTS)
+        return self
+
+    @property
+    def corruptions(self) -> tuple[str, ...]:
+        """The corruption names that `shifts` stands for."""
+        from gcnet.shifts import CORRUPTIONS
+
+        return tuple(CORRUPTIONS) if "all" in self.shifts else self.shifts
+
+    @classmethod
+    def load(cls, path: str | Path, **overrides: Any) -> Study:
+        """Read a params file (a path, or the name of a study in `params/`); overrides win.
+
+        Raises FileNotFoundError naming the nearest study, ValueError for unknown keys and values out of range.
+        """
+        path = Path(path)
+        if path.suffix not in (".yaml", ".yml"):
+            path = PARAMS / f"{path}.yaml"
+        if not path.exists():
+            raise FileNotFoundError(str(unknown("study", path.stem, (p.stem for p in path.parent.glob("*.yaml")))))
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: a study file is a mapping of parameters, got {type(values).__name__}")
+        return cls.create(**{**values, **overrides})
+
+    @classmethod
+    def create(cls, **values: Any) -> Study:
+        """Like the constructor, with errors that name the nearest parameter instead of a page of pydantic."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            lines = []
+            for item in error.errors():
+                name = ".".join(map(str, item["loc"]))
+                if item["type"] == "extra_forbidden":
+                    lines.append(str(unknown("parameter", name, cls.model_fields)))
+                else:
+                    lines.append(f"{name}: {item['msg'].removeprefix('Value error, ')}".removeprefix(": "))
+            raise ValueError("; ".join(lines)) from None
+
+    def only(self, *names: str) -> dict[str, Any]:
+        """The named parameters as plain JSON values: what goes into a store key."""
+        return self.model_dump(mode="json", include=set(names))
