@@ -1,36 +1,45 @@
-"""The expensive things of a study, each computed once: dense training, connectivity, pruned cells, evaluations."""
+"""The expensive things of a study, each computed once: dense training, connectivity, pruned cells, shifted sets."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from gcnet import data, networks
-from gcnet.store import Store, write_json
+from gcnet.connectivity import SIMILARITIES, connectivity
+from gcnet.cost import macs
+from gcnet.evaluation import score
+from gcnet.graph import LayerGraph, layer_graph
+from gcnet.hybrid import hybrid_masks, passes_signal
+from gcnet.pruning import Masks, apply_masks, collapsed_layers, summary
+from gcnet.shifts import NATURAL_SHIFTS, corrupt, load_cifar_c
+from gcnet.store import Store, atomic_write, read_json, write_json
 from gcnet.study import Study
 from gcnet.training import Normalize, Recipe, fast_bfloat16, pick_device, train
 
 # What a result depends on. A number is raised when the computation behind a kind changes its results.
-VERSIONS = {"dense": 1}
+VERSIONS = {"dense": 1, "connectivity": 1, "cell": 1, "corrupted": 1, "shift": 1}
 DATA = ("dataset", "image_size", "channels", "val_share", "split_seed", "train_images")
 NETWORK = ("network", "width")
-TRAINING = ("epochs", "batch_size", "lr", "schedule", "momentum", "weight_decay", "label_smoothing", "crop_padding", "flip")
+TRAINING = ("epochs", "batch_size", "lr", "schedule", "momentum", "weight_decay", "label_smoothing", "crop_padding",
+            "flip")  # fmt: skip
+CORRUPTION_SEED = 0
 
 
 @lru_cache(maxsize=2)
 def _splits(dataset: str, image_size: int, channels: int, val_share: float, split_seed: int, train_images: int):
     return data.load(
-        dataset,
-        image_size=image_size,
-        channels=channels,
-        val_share=val_share,
-        split_seed=split_seed,
+        dataset, image_size=image_size, channels=channels, val_share=val_share, split_seed=split_seed,
         train_images=train_images,
-    )
+    )  # fmt: skip
 
 
 def splits(study: Study) -> data.Splits:
@@ -45,11 +54,14 @@ def precision(study: Study) -> str:
     return "bfloat16" if fast_bfloat16(pick_device(study.device)) else "float32"
 
 
+# --- dense networks -------------------------------------------------------------------------------------------------
+
+
 def recipe(study: Study) -> Recipe:
     return Recipe(**study.only(*TRAINING))
 
 
-def network(study: Study, seed: int) -> nn.Module:
+def network(study: Study, seed: int) -> nn.Sequential:
     """Normalisation and the untrained network, as `net[0]` and `net[1]`: takes uint8 images."""
     sets = splits(study)
     model = networks.build(
@@ -69,11 +81,7 @@ def _dense_inputs(study: Study, seed: int) -> dict[str, Any]:
     }
 
 
-def dense_key(study: Study, seed: int) -> str:
-    return Store.key("dense", _dense_inputs(study, seed))
-
-
-def dense_folder(study: Study, seed: int, on_epoch: Any = None) -> Path:
+def dense_folder(study: Study, seed: int, on_epoch: Callable[[dict[str, float]], None] | None = None) -> Path:
     """The folder with `model.safetensors` and `history.json` of the trained dense network of a seed."""
 
     def compute(folder: Path) -> None:
@@ -83,15 +91,288 @@ def dense_folder(study: Study, seed: int, on_epoch: Any = None) -> Path:
             net, splits(study).train, recipe(study), seed=seed, precision=precision(study), checkpoint=checkpoint,
             on_epoch=on_epoch,
         )  # fmt: skip
-        save_file({k: v.contiguous() for k, v in net[1].state_dict().items()}, folder / "model.safetensors")
+        _save_model(net[1], folder)
         write_json(folder / "history.json", history)
         checkpoint.unlink(missing_ok=True)
 
     return Store().once("dense", _dense_inputs(study, seed), compute)
 
 
-def dense(study: Study, seed: int) -> nn.Module:
-    """The trained dense network of a seed, with its normalisation, in eval mode on the study's device."""
+def _save_model(model: nn.Module, folder: Path) -> None:
+    save_file({k: v.cpu().contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+
+
+def _loaded(study: Study, seed: int, folder: Path) -> nn.Sequential:
     net = network(study, seed)
-    net[1].load_state_dict(load_file(dense_folder(study, seed) / "model.safetensors"))
+    net[1].load_state_dict(load_file(folder / "model.safetensors"))
     return net.to(pick_device(study.device)).eval()
+
+
+def dense(study: Study, seed: int) -> nn.Sequential:
+    """The trained dense network of a seed, behind its normalisation, in eval mode on the study's device."""
+    return _loaded(study, seed, dense_folder(study, seed))
+
+
+def example_input(study: Study) -> Tensor:
+    """(1, C, H, W) zeros: an input's shape, on the study's device."""
+    shape = (1, study.channels, study.image_size, study.image_size)
+    return torch.zeros(shape, device=pick_device(study.device))
+
+
+def graph(study: Study, model: nn.Module) -> LayerGraph:
+    return layer_graph(model, example_input(study), residual=study.residual)
+
+
+# --- connectivity ---------------------------------------------------------------------------------------------------
+
+
+def normalized_batches(net: nn.Sequential, images: data.Dataset) -> Iterator[tuple[Tensor, Tensor]]:
+    """(normalised images, labels): what the network behind the normalisation takes."""
+    device = next(net[1].parameters()).device
+    for x, y in images.batches(250, device):
+        yield net[0](x), y
+
+
+def connectivity_images(study: Study) -> data.Dataset:
+    """The training images, not augmented, that connectivity is measured on."""
+    train_set = splits(study).train
+    count = study.connectivity_images
+    if not count or count >= len(train_set):
+        return train_set
+    return train_set.take(data.stratified(train_set.labels, int(count), study.split_seed + 3)[1])
+
+
+def _connectivity_inputs(study: Study, seed: int, similarity: str) -> dict[str, Any]:
+    return {
+        "version": VERSIONS["connectivity"],
+        "dense": Store.key("dense", _dense_inputs(study, seed)),
+        "similarity": similarity,
+        "tap": study.tap or SIMILARITIES[similarity].tap,
+        "classwise": study.classwise or None,
+        "absolute": study.absolute or None,
+        "residual": None if study.residual == "all" else study.residual,
+        "images": study.connectivity_images or None,
+        "precision": "float32",
+    }
+
+
+def connectivity_matrices(study: Study, seed: int, similarity: str) -> dict[str, Tensor]:
+    """{layer: (C_out, C_in per group)} of a dense network, measured in float32."""
+
+    def compute(folder: Path) -> None:
+        net = dense(study, seed)
+        matrices = connectivity(
+            net[1], normalized_batches(net, connectivity_images(study)), similarity=similarity, tap=study.tap,
+            classwise=study.classwise, absolute=study.absolute, graph=graph(study, net[1]), seed=seed,
+        )  # fmt: skip
+        save_file({k: v.cpu().contiguous() for k, v in matrices.items()}, folder / "connectivity.safetensors")
+
+    folder = Store().once("connectivity", _connectivity_inputs(study, seed, similarity), compute)
+    device = pick_device(study.device)
+    return {k: v.to(device) for k, v in load_file(folder / "connectivity.safetensors").items()}
+
+
+# --- cells ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the grid. The dense network is pruner, hybrid and similarity `none` at sparsity 0."""
+
+    pruner: str
+    hybrid: str
+    similarity: str
+    sparsity: float
+    seed: int
+
+    @property
+    def is_dense(self) -> bool:
+        return self.pruner == "none"
+
+    def row(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def cells(study: Study) -> list[Cell]:
+    """Every cell of a study: per seed the dense network, then direct and guided pruning at each sparsity."""
+    found = []
+    for seed in study.seeds:
+        found.append(Cell("none", "none", "none", 0.0, seed))
+        for sparsity in study.sparsities:
+            for pruner in study.pruners:
+                found.append(Cell(pruner, "direct", "none", sparsity, seed))
+                found += [
+                    Cell(pruner, hybrid, similarity, sparsity, seed)
+                    for similarity, hybrids in study.guidance.items()
+                    for hybrid in hybrids
+                ]
+    return found
+
+
+def cell_masks(study: Study, cell: Cell, net: nn.Sequential | None = None) -> Masks:
+    """The masks of a cell, without fine-tuning anything."""
+    net = net or dense(study, cell.seed)
+    guided = cell.hybrid != "direct"
+    return hybrid_masks(
+        net[1], graph(study, net[1]), connectivity_matrices(study, cell.seed, cell.similarity) if guided else {},
+        pruner=cell.pruner, sparsity=cell.sparsity, hybrid=cell.hybrid, example_input=example_input(study),
+        seed=cell.seed, batchnorm=study.ghost_batchnorm,
+    )[0]  # fmt: skip
+
+
+def _cell_inputs(study: Study, cell: Cell) -> dict[str, Any]:
+    guided = cell.hybrid not in ("direct", "none")
+    return {
+        "version": VERSIONS["cell"],
+        "dense": Store.key("dense", _dense_inputs(study, cell.seed)),
+        "connectivity": (
+            Store.key("connectivity", _connectivity_inputs(study, cell.seed, cell.similarity)) if guided else None
+        ),
+        "ghost_batchnorm": study.ghost_batchnorm if guided and study.ghost_batchnorm != "identity" else None,
+        **{k: v for k, v in cell.row().items() if k != "similarity"},
+        "finetune_epochs": study.finetune_epochs,
+        "finetune_lr": study.finetune_lr,
+        "precision": precision(study),
+    }
+
+
+def cell_folder(study: Study, cell: Cell) -> Path:
+    """The folder with `masks.safetensors`, `model.safetensors` (fine-tuned) and `cell.json` of a pruned cell."""
+
+    def compute(folder: Path) -> None:
+        net = dense(study, cell.seed)
+        masks = cell_masks(study, cell, net)
+        apply_masks(net[1], masks)
+        sets, how = splits(study), precision(study)
+        before = score(net, sets.test, precision=how)
+        tuning = replace(recipe(study), epochs=study.finetune_epochs, lr=study.finetune_lr, schedule="one_cycle")
+        train(
+            net, sets.train, tuning, seed=cell.seed, masks={f"1.{name}": mask for name, mask in masks.items()},
+            precision=how, checkpoint=folder / "checkpoint.pt",
+        )  # fmt: skip
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        after = score(net, sets.test, precision=how)
+        result = {
+            **cell.row(),
+            "kept_weights": sum(int(mask.sum()) for mask in masks.values()),
+            "macs": macs(net[1], example_input(study), masks),
+            "accuracy_before": before["accuracy"],
+            "accuracy": after["accuracy"],
+            "ece": after["ece"],
+            "collapsed_layers": list(collapsed_layers(masks)),
+            "passes_signal": passes_signal(net[1], masks, example_input(study)),
+            "layers": summary(masks),
+        }
+        masks.save(folder / "masks.safetensors")
+        _save_model(net[1], folder)
+        write_json(folder / "cell.json", result)
+
+    return Store().once("cell", _cell_inputs(study, cell), compute)
+
+
+def cell_result(study: Study, cell: Cell) -> dict[str, Any]:
+    """The facts of a cell: its row, kept_weights, macs, accuracy before and after fine-tuning, layers."""
+    if not cell.is_dense:
+        return read_json(cell_folder(study, cell) / "cell.json")
+    net = dense(study, cell.seed)
+    clean = next(row for row in shift_rows(study, cell) if row["severity"] == 0)
+    weights = [m.weight.numel() for m in net[1].modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    return {
+        **cell.row(),
+        "kept_weights": sum(weights),
+        "macs": macs(net[1], example_input(study)),
+        "accuracy_before": clean["accuracy"],
+        "accuracy": clean["accuracy"],
+        "ece": clean["ece"],
+        "collapsed_layers": [],
+        "passes_signal": True,
+        "layers": [],
+    }
+
+
+def pruned_network(study: Study, cell: Cell) -> nn.Sequential:
+    """The (fine-tuned) network of a cell behind its normalisation, in eval mode."""
+    return _loaded(study, cell.seed, dense_folder(study, cell.seed) if cell.is_dense else cell_folder(study, cell))
+
+
+# --- shifted data ---------------------------------------------------------------------------------------------------
+
+
+def shift_images(study: Study) -> data.Dataset:
+    """The test images that are corrupted: a fixed, class-balanced subset."""
+    test = splits(study).test
+    if not study.shift_images or study.shift_images >= len(test):
+        return test
+    return test.take(data.stratified(test.labels, int(study.shift_images), study.split_seed + 4)[1])
+
+
+def _published_corruptions(study: Study) -> Path | None:
+    """CIFAR-10-C's own files, where the study is on CIFAR-10 itself and they are there."""
+    folder = data.data_folder() / "CIFAR-10-C"
+    at_32 = study.dataset == "cifar10" and study.image_size == 32 and study.channels == 3
+    return folder if at_32 and folder.is_dir() else None
+
+
+def corrupted_images(study: Study, name: str, severity: int) -> Tensor:
+    """The shifted test images (N, C, H, W) uint8 of one corruption, from a cache made once and read by memory map."""
+    published = _published_corruptions(study)
+    inputs = {
+        "version": VERSIONS["corrupted"],
+        **study.only("dataset", "image_size", "channels", "split_seed", "shift_images", "severity_table"),
+        "data_sha256": splits(study).test.sha256,
+        "name": name,
+        "severity": severity,
+        "seed": CORRUPTION_SEED,
+        "source": "CIFAR-10-C" if published else None,
+    }
+
+    def compute(folder: Path) -> None:
+        if published:
+            images, _ = load_cifar_c(published, name, severity)
+            test = splits(study).test
+            chosen = shift_images(study)
+            if len(chosen) < len(test):
+                images = images[data.stratified(test.labels, int(study.shift_images), study.split_seed + 4)[1]]
+        else:
+            clean = shift_images(study).images
+            images = corrupt(clean, name, severity, CORRUPTION_SEED, table=study.severity_table)
+        with atomic_write(folder / "images.npy") as temporary:
+            with temporary.open("wb") as file:
+                np.save(file, images.cpu().numpy())
+
+    folder = Store().once("corrupted", inputs, compute)
+    # "c": a private copy-on-write map; torch warns of read-only arrays
+    return torch.from_numpy(np.load(folder / "images.npy", mmap_mode="c"))
+
+
+def shift_rows(study: Study, cell: Cell) -> list[dict[str, Any]]:
+    """Clean, corrupted and natural-shift scores of a cell: shift, severity, accuracy, ece, images.
+
+    Severity 0 is the whole clean test set; natural shifts stand at severity 1.
+    """
+    made_of = Store.key("cell", _cell_inputs(study, cell))
+    if cell.is_dense:
+        made_of = Store.key("dense", _dense_inputs(study, cell.seed))
+    inputs = {
+        "version": VERSIONS["shift"],
+        "cell": made_of,
+        **study.only("split_seed", "shift_images", "severity_table", "severities", "natural_shifts"),
+        "shifts": list(study.corruptions),
+        "source": "CIFAR-10-C" if _published_corruptions(study) else None,
+    }
+
+    def compute(folder: Path) -> None:
+        net, how = pruned_network(study, cell), precision(study)
+        test, subset = splits(study).test, shift_images(study)
+        rows = [{"shift": "clean", "severity": 0, **score(net, test, precision=how)}]
+        for name in study.corruptions:
+            for severity in study.severities:
+                images = corrupted_images(study, name, severity)
+                shifted = data.Dataset(test.name, images, subset.labels, test.classes)
+                rows.append({"shift": name, "severity": severity, **score(net, shifted, precision=how)})
+        for name in study.natural_shifts:
+            natural = data.load_test(NATURAL_SHIFTS[name][0], image_size=study.image_size, channels=study.channels)
+            rows.append({"shift": name, "severity": 1, **score(net, natural, precision=how)})
+        write_json(folder / "shift.json", rows)
+
+    return read_json(Store().once("shift", inputs, compute) / "shift.json")

@@ -40,10 +40,11 @@ def macs(model: nn.Module, example_input: Tensor, masks: Mapping[str, Tensor] | 
     Masks of biases and normalisation change nothing.
     Raises ValueError for a mask that names no parameter or has another shape, and as `layer_macs` does.
     """
-    masks = _checked(model, masks)
+    # By identity and not by name, so that two layers that share one parameter share its mask.
+    kept = {id(model.get_parameter(name)): mask for name, mask in _checked(model, masks).items()}
     total = 0
-    for name, layer, positions in _layer_calls(model, example_input):
-        mask = masks.get(f"{name}.weight")
+    for _, layer, positions in _layer_calls(model, example_input):
+        mask = kept.get(id(layer.weight))
         total += positions * (layer.weight.numel() if mask is None else int(torch.count_nonzero(mask)))
     return total
 
@@ -88,26 +89,27 @@ def check_example(model: nn.Module, example_input: Tensor) -> None:
         raise ValueError(f"example_input has shape {shape}, which is empty; expected at least one {layout}")
 
 
+def check_channels(name: str, layer: nn.Module, x: Tensor, example_shape: tuple[int, ...]) -> None:
+    """Raise ValueError, naming layer and shapes, unless x has the channels that a convolution or Linear takes."""
+    conv = isinstance(layer, _ConvNd)
+    wanted, axis = (layer.in_channels, len(layer.kernel_size) + 1) if conv else (layer.in_features, 1)
+    channels = x.shape[-axis] if x.ndim >= axis else None
+    if channels != wanted:
+        raise ValueError(f"layer '{name}' takes {wanted} input {'channels' if conv else 'features'} but gets {channels} "
+                         f"(a tensor {tuple(x.shape)}) from example_input of shape {example_shape}")
+
+
 def _layer_calls(model: nn.Module, example_input: Tensor) -> list[tuple[str, nn.Module, int]]:
     """(name, layer, output positions of one image) for each call of a convolution or Linear, in execution order."""
     check_example(model, example_input)
     calls: list[tuple[str, nn.Module, int]] = []
-
-    def check(name: str, layer: nn.Module, x: Tensor) -> None:
-        conv = isinstance(layer, _ConvNd)
-        channels, wanted = (x.shape[1], layer.in_channels) if conv else (x.shape[-1], layer.in_features)
-        if channels != wanted:
-            raise ValueError(f"layer '{name}' takes {wanted} input {'channels' if conv else 'features'} but gets "
-                             f"{channels} (a tensor {tuple(x.shape)}) from example_input of shape "
-                             f"{tuple(example_input.shape)}")
+    shape = tuple(example_input.shape)
 
     def count(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
         if isinstance(layer, _ConvTransposeNd):
-            positions = x[:, :1].numel()  # each input position spreads the whole kernel
-        elif isinstance(layer, _ConvNd):
-            positions = y[:, :1].numel()
+            positions = x.numel() // layer.in_channels  # each input position spreads the whole kernel
         else:
-            positions = y[..., :1].numel()
+            positions = y.numel() // (layer.out_channels if isinstance(layer, _ConvNd) else layer.out_features)
         calls.append((name, layer, positions))
 
     handles = []
@@ -115,16 +117,15 @@ def _layer_calls(model: nn.Module, example_input: Tensor) -> list[tuple[str, nn.
         for name, layer in model.named_modules():
             if isinstance(layer, (_ConvNd, nn.Linear)):
                 handles.append(layer.register_forward_pre_hook(
-                    lambda module, args, name=name: check(name, module, args[0])))
+                    lambda module, args, name=name: check_channels(name, module, args[0], shape)))
                 handles.append(layer.register_forward_hook(
                     lambda module, args, out, name=name: count(name, module, args[0], out)))
         with evaluation_mode(model), torch.no_grad():
             # One image: positions are then exactly per image, also where a network folds the batch into windows.
             try:
                 model(example_input[:1])
-            except RuntimeError as error:
-                raise ValueError(f"the network cannot take example_input of shape {tuple(example_input.shape)}: "
-                                 f"{error}") from error
+            except (RuntimeError, AssertionError, IndexError) as error:
+                raise ValueError(f"the network cannot take example_input of shape {shape}: {error}") from error
     finally:
         for handle in handles:
             handle.remove()

@@ -1,0 +1,186 @@
+"""One streaming pass over images: a scalar per filter and image, and what is accumulated from it.
+
+Memory does not grow with the number of images: moments are merged batch by batch, samples are a fixed-size reservoir.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from gcnet.graph import LayerGraph
+
+# Where a scalar is read: the layer's own output, its output after BatchNorm and activation, or what it receives.
+Where = Literal["conv", "relu", "input"]
+Tap = tuple[str, Where]
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, every module's own mode restored after."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _spatial_mean(value: Tensor, channel_dim: int) -> Tensor:
+    """(N, ..., C, ...) -> (N, C) in float32: the mean over every dimension but batch and channel."""
+    others = [d for d in range(1, value.ndim) if d != channel_dim % value.ndim]
+    return value.mean(others, dtype=torch.float32) if others else value.float()
+
+
+class _Recorder(nn.Module):
+    """Keeps the reduced value of each tap; reducing at once is what makes in-place activations harmless."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[Tap, Tensor] = {}
+
+    def forward(self, value: Tensor, layer: str, where: Where, channel_dim: int) -> None:
+        self.values[layer, where] = _spatial_mean(value, channel_dim)
+
+
+def tapped_module(graph: LayerGraph, taps: Iterable[Tap]) -> tuple[fx.GraphModule, dict[Tap, Tensor]]:
+    """The traced network with a recorder behind every tap (its modules are shared, not copied), and what it records."""
+    copied = fx.Graph()
+    new_of: dict[fx.Node, fx.Node] = {}
+    output = copied.graph_copy(graph.module.graph, new_of)
+    copied.output(output)
+    by_name = {node.name: node for node in graph.module.graph.nodes}
+    targets: dict[str, object] = {}
+    for node in graph.module.graph.nodes:
+        if node.op == "call_module":
+            targets[str(node.target)] = graph.module.get_submodule(str(node.target))
+        elif node.op == "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            targets[str(node.target)] = getattr(graph.module.get_submodule(owner), name)
+    recorder = _Recorder()
+    targets["_recorder"] = recorder
+    for layer, where in sorted(set(taps)):
+        module = graph.module.get_submodule(layer)
+        call = by_name[graph.nodes[layer]]
+        source = {"conv": call, "relu": by_name[graph.activation_nodes[layer]], "input": call.args[0]}[where]
+        channel_dim = 1 if isinstance(module, nn.Conv2d) else -1
+        # An input is recorded right before the layer runs: an in-place activation after its producer counts.
+        place = copied.inserting_before(new_of[call]) if where == "input" else copied.inserting_after(new_of[source])
+        with place:
+            copied.call_module("_recorder", (new_of[source], layer, where, channel_dim))
+    return fx.GraphModule(targets, copied), recorder.values
+
+
+@torch.no_grad()
+def stream(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], graph: LayerGraph, taps: Iterable[Tap]
+) -> Iterator[tuple[dict[Tap, Tensor], Tensor]]:
+    """Yield, batch by batch, ({tap: (N, C) float32}, labels (N,)) from the network in eval mode.
+
+    batches: (images, labels) on any device; images as the model takes them. The model's mode and buffers are left as
+    they were. Raises FloatingPointError naming the first layer whose activations are not finite.
+    """
+    module, values = tapped_module(graph, taps)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    # eval only while a batch runs: a generator that is not run to its end must not leave the model in eval mode.
+    for images, labels in batches:
+        with eval_mode(model), eval_mode(module):
+            module(images.to(device, non_blocking=True))
+        for layer in graph.layers:
+            for (name, _), value in values.items():
+                if name == layer and not bool(torch.isfinite(value).all()):
+                    raise FloatingPointError(f"activations of layer '{layer}' are not finite (NaN or infinity)")
+        yield dict(values), labels.to(device)
+
+
+class Moments:
+    """Means, variances and cross-products of pairs of taps, merged batch by batch in float64.
+
+    pairs: (a, b) accumulates the co-moments of tap a (rows) with tap b (columns). Each batch is centred on its own
+    mean and merged by the parallel update (Chan, Golub, LeVeque 1983), so large means cost no digits.
+    """
+
+    def __init__(self, pairs: Iterable[tuple[Tap, Tap]]) -> None:
+        self.pairs = tuple(dict.fromkeys(pairs))
+        self.taps = tuple(dict.fromkeys(tap for pair in self.pairs for tap in pair))
+        self.count = 0
+        self.mean: dict[Tap, Tensor] = {}
+        self.square: dict[Tap, Tensor] = {}  # sum of squared deviations
+        self.cross: dict[tuple[Tap, Tap], Tensor] = {}
+
+    def update(self, values: dict[Tap, Tensor]) -> None:
+        rows = len(values[self.taps[0]])
+        if rows == 0:
+            return
+        total = self.count + rows
+        weight = self.count * rows / total
+        centred, shift = {}, {}
+        for tap in self.taps:
+            x = values[tap].double()
+            mean = x.mean(0)
+            centred[tap] = x - mean
+            square = centred[tap].square().sum(0)
+            if self.count:
+                shift[tap] = mean - self.mean[tap]
+                self.mean[tap] += shift[tap] * (rows / total)
+                self.square[tap] += square + shift[tap].square() * weight
+            else:
+                self.mean[tap], self.square[tap] = mean, square
+        for a, b in self.pairs:
+            product = centred[a].T @ centred[b]
+            if self.count:
+                self.cross[a, b].add_(product).addr_(shift[a], shift[b], alpha=weight)
+            else:
+                self.cross[a, b] = product
+        self.count = total
+
+
+class Reservoir:
+    """A uniform random sample of at most `size` rows of every tap, the same images for all, from the seed."""
+
+    def __init__(self, taps: Iterable[Tap], size: int, seed: int = 0) -> None:
+        self.taps = tuple(dict.fromkeys(taps))
+        self.size = size
+        self.generator = torch.Generator().manual_seed(seed)
+        self.order = torch.empty(0)
+        self.labels = torch.empty(0, dtype=torch.int64)
+        self.values: dict[Tap, Tensor] = {}
+
+    def update(self, values: dict[Tap, Tensor], labels: Tensor) -> None:
+        # Every image draws a number; those with the smallest stay. Independent of the batch size.
+        drawn = torch.rand(len(labels), generator=self.generator, dtype=torch.float64)
+        order = torch.cat([self.order, drawn])
+        kept = order.argsort(stable=True)[: self.size].sort().values
+        self.order = order[kept]
+        old = len(self.labels)
+        self.labels = torch.cat([self.labels, labels.cpu()])[kept]
+        if old == self.size and int(kept[-1]) < old:
+            return
+        for tap in self.taps:
+            rows = torch.cat([self.values[tap], values[tap]]) if old else values[tap]
+            self.values[tap] = rows[kept.to(rows.device)]
+
+
+def activations(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    graph: LayerGraph,
+    *,
+    tap: Where = "conv",
+    samples: int = 2000,
+    seed: int = 0,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """({layer: (n, C) activation matrix}, labels (n,)) of at most `samples` images drawn uniformly from the batches.
+
+    Source: GC-Net, Fig. 1 step 1; the spatial mean as a filter's scalar is a choice.
+    """
+    taps: list[Tap] = [(layer, tap) for layer in graph.layers]
+    reservoir = Reservoir(taps, samples, seed)
+    for values, labels in stream(model, batches, graph, taps):
+        reservoir.update(values, labels)
+    return {layer: reservoir.values[layer, tap] for layer, tap in taps}, reservoir.labels

@@ -1,0 +1,58 @@
+"""The ghost: a network of the same architecture whose weights are the connectivity of the original."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+
+
+def expand(connectivity: Tensor, weight: Tensor) -> Tensor:
+    """A matrix (C_out, C_in per group) as a weight of the layer's shape: one value at every kernel position.
+
+    Source: GC-Net, Fig. 1 step 3. Raises ValueError when the matrix does not fit the weight.
+    """
+    if connectivity.shape != weight.shape[:2]:
+        raise ValueError(
+            f"connectivity {tuple(connectivity.shape)} does not fit a weight of shape {tuple(weight.shape)}"
+        )
+    shape = connectivity.shape + (1,) * (weight.ndim - 2)
+    return connectivity.to(weight).view(shape).expand(weight.shape).contiguous()
+
+
+@torch.no_grad()
+def build_ghost(
+    model: nn.Module, connectivity: Mapping[str, Tensor], *, batchnorm: str = "identity"
+) -> nn.Module:
+    """The companion network: same modules, weights = connectivity expanded over the kernels.
+
+    connectivity: {layer: (C_out, C_in per group)}. Biases are 0 and normalisation layers the identity (choice;
+    batchnorm="original" keeps the original's). A layer without connectivity (the first one: it has no parent) keeps
+    the original's weights (choice: only the flow of SynFlow through the ghost sees them, they are pruned directly).
+    The model is not changed. Raises ValueError when a matrix does not fit its layer.
+    """
+    if batchnorm not in ("identity", "original"):
+        raise ValueError(f"batchnorm must be identity or original, got '{batchnorm}'")
+    ghost = copy.deepcopy(model).eval()
+    for name, module in ghost.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            if name in connectivity:
+                try:
+                    module.weight.data = expand(connectivity[name], module.weight)
+                except ValueError as error:
+                    raise ValueError(f"layer '{name}': {error}") from None
+            if module.bias is not None:
+                module.bias.zero_()
+        elif isinstance(module, _NORMS) and batchnorm == "identity":
+            if getattr(module, "running_mean", None) is not None:
+                module.running_mean.zero_()
+                module.running_var.fill_(1 - module.eps)
+            if module.weight is not None:
+                module.weight.fill_(1)
+            if module.bias is not None:
+                module.bias.zero_()
+    return ghost

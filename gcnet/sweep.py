@@ -1,0 +1,84 @@
+"""All cells of a study over worker processes; whatever is in the store already is found, not computed."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from typing import Any
+
+import torch
+
+from gcnet.cells import Cell, cell_folder, cells, connectivity_matrices, corrupted_images, dense_folder, shift_rows
+from gcnet.study import Study
+
+log = logging.getLogger("gcnet")
+
+
+def _threads(count: int) -> None:
+    torch.set_num_threads(count)
+
+
+def run_dense(study: Study, seed: int) -> str:
+    dense_folder(study, seed)
+    for similarity in study.guidance:
+        connectivity_matrices(study, seed, similarity)
+    return f"dense seed {seed}"
+
+
+def run_corruption(study: Study, name: str) -> str:
+    for severity in study.severities:
+        corrupted_images(study, name, severity)
+    return f"corruption {name}"
+
+
+def run_cell(study: Study, cell: Cell) -> str:
+    if not cell.is_dense:
+        cell_folder(study, cell)
+    shift_rows(study, cell)
+    return " ".join(str(value) for value in cell.row().values())
+
+
+def pool(jobs: int) -> ProcessPoolExecutor:
+    """Worker processes that share the machine's cores evenly."""
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    context = multiprocessing.get_context("spawn")  # fork and OpenMP threads do not go together
+    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_threads, initargs=(threads,))
+
+
+def sweep(study: Study, executor: Executor) -> list[dict[str, Any]]:
+    """Compute every cell that the store does not hold; returns the failures (task, error), which stop nothing.
+
+    A failed task is tried once more. Raises nothing for a failed cell: the tables show what is missing.
+    """
+    failures = _stage([(run_dense, study, seed) for seed in study.seeds], executor, "dense")
+    failures += _stage([(run_corruption, study, name) for name in study.corruptions], executor, "corruptions")
+    failures += _stage([(run_cell, study, cell) for cell in cells(study)], executor, "cells")
+    return failures
+
+
+Task = tuple[Callable[..., str], Study, Any]
+
+
+def _stage(tasks: list[Task], executor: Executor, name: str) -> list[dict[str, Any]]:
+    started, failures, done = time.perf_counter(), [], 0
+    pending = {executor.submit(*task): (task, 1) for task in tasks}
+    while pending:
+        for future in as_completed(list(pending)):
+            task, attempt = pending.pop(future)
+            error = future.exception()
+            if error is None:
+                done += 1
+                spent = time.perf_counter() - started
+                left = spent / done * (len(tasks) - done)
+                log.info("%s %d/%d, %.0f s, about %.0f s left: %s", name, done, len(tasks), spent, left, future.result())
+            elif attempt == 1:
+                log.warning("%s: %s failed (%s), trying once more", name, task[2], error)
+                pending[executor.submit(*task)] = (task, 2)
+            else:
+                log.error("%s: %s failed: %s", name, task[2], error)
+                failures.append({"stage": name, "task": str(task[2]), "error": f"{type(error).__name__}: {error}"})
+    return failures
