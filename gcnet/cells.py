@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gcnet import data, networks
+from gcnet import data, networks, paths
 from gcnet.connectivity import SIMILARITIES, connectivity
 from gcnet.cost import macs
 from gcnet.evaluation import score
@@ -308,7 +308,7 @@ def shift_images(study: Study) -> data.Dataset:
 
 def _published_corruptions(study: Study) -> Path | None:
     """CIFAR-10-C's own files, where the study is on CIFAR-10 itself and they are there."""
-    folder = data.data_folder() / "CIFAR-10-C"
+    folder = paths.images() / "CIFAR-10-C"
     at_32 = study.dataset == "cifar10" and study.image_size == 32 and study.channels == 3
     return folder if at_32 and folder.is_dir() else None
 

@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gcnet import paths
 from gcnet.errors import unknown
-from gcnet.store import atomic_write, runs_folder
+from gcnet.store import atomic_write
 
 log = logging.getLogger("gcnet")
 
@@ -84,11 +85,6 @@ class Splits:
         mean = total / pixels
         std = (squares / pixels - mean.square()).clamp_min(1e-6).sqrt()
         return tuple(mean.tolist()), tuple(std.tolist())
-
-
-def data_folder() -> Path:
-    """Where images are looked for and downloaded to: `GCNET_DATA`, default `data/`."""
-    return Path(os.environ.get("GCNET_DATA", "data"))
 
 
 # --- readers: folder -> {"train": (images, labels), "test": (images, labels)}, class names -------------------------
@@ -223,7 +219,7 @@ def _subfolders(folder: Path) -> tuple[str, ...]:
 def _image_folder(folder: Path) -> tuple[dict[str, Arrays], tuple[str, ...]]:
     """`train/<class>/` and `test/<class>/` (or `val/`), or `<class>/` alone, which is split from the seed."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"data folder '{folder}' does not exist (GCNET_DATA is '{data_folder()}')")
+        raise FileNotFoundError(f"data folder '{folder}' does not exist (GCNET_DATA is '{paths.images()}')")
     if not (folder / "train").is_dir():
         classes = _subfolders(folder)
         if len(classes) < 2:
@@ -334,7 +330,7 @@ def _load_parts(name: str, image_size: int, channels: int, root: Path) -> tuple[
         raise unknown("data set", name, [*DATASETS, "image_folder:PATH"])
     where = hashlib.sha256(source.encode()).hexdigest()[:8]
     label = "image_folder" if name.startswith("image_folder:") else name
-    cache = runs_folder() / "cache" / f"{label}-{image_size}px-{channels}ch-{where}.safetensors"
+    cache = paths.runs() / "cache" / f"{label}-{image_size}px-{channels}ch-{where}.safetensors"
     found = _cached(cache)
     if found:
         return found
@@ -387,7 +383,7 @@ def load(
     own gives a quarter of its images for it (choice). Raises ValueError for an unknown name or undecodable files,
     FileNotFoundError when images are missing or half there.
     """
-    tensors, meta = _load_parts(name, image_size, channels, root or data_folder())
+    tensors, meta = _load_parts(name, image_size, channels, root or paths.images())
     classes = tuple(json.loads(meta["classes"]))
 
     def whole(part: str) -> Dataset:
@@ -410,7 +406,7 @@ def load(
 
 def load_test(name: str, *, image_size: int = 32, channels: int = 3, root: Path | None = None) -> Dataset:
     """The test part of a data set alone: what a natural shift is evaluated on."""
-    tensors, meta = _load_parts(name, image_size, channels, root or data_folder())
+    tensors, meta = _load_parts(name, image_size, channels, root or paths.images())
     part = "test" if "test.images" in tensors else "all"
     return Dataset(
         name, tensors[f"{part}.images"], tensors[f"{part}.labels"], tuple(json.loads(meta["classes"])), meta["sha256"]

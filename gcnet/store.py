@@ -10,7 +10,6 @@ import platform
 import resource
 import shutil
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -19,12 +18,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from gcnet import paths
+
 log = logging.getLogger("gcnet")
-
-
-def runs_folder() -> Path:
-    """Where computed things are kept: `GCNET_RUNS`, default `runs/`."""
-    return Path(os.environ.get("GCNET_RUNS", "runs"))
 
 
 @contextmanager
@@ -103,7 +99,7 @@ class Store:
     """
 
     def __init__(self, root: Path | None = None) -> None:
-        self.root = root or runs_folder()
+        self.root = root or paths.runs()
 
     @staticmethod
     def key(kind: str, inputs: dict[str, Any]) -> str:
@@ -203,7 +199,3 @@ def _alive(owner: Path) -> bool:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-if sys.platform == "win32":  # pragma: no cover
-    raise ImportError("gcnet needs a POSIX system (Linux or macOS)")

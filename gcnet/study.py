@@ -9,9 +9,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from gcnet import paths
 from gcnet.errors import unknown
-
-PARAMS = Path("params")
 
 
 class Study(BaseModel):
@@ -130,7 +129,7 @@ class Study(BaseModel):
         """
         path = Path(path)
         if path.suffix not in (".yaml", ".yml"):
-            path = PARAMS / f"{path}.yaml"
+            path = paths.params() / f"{path}.yaml"
         if not path.exists():
             raise FileNotFoundError(str(unknown("study", path.stem, (p.stem for p in path.parent.glob("*.yaml")))))
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
