@@ -336,9 +336,8 @@ def corrupted_images(study: Study, name: str, severity: int) -> Tensor:
         else:
             clean = shift_images(study).images
             images = corrupt(clean, name, severity, CORRUPTION_SEED, table=study.severity_table)
-        with atomic_write(folder / "images.npy") as temporary:
-            with temporary.open("wb") as file:
-                np.save(file, images.cpu().numpy())
+        with atomic_write(folder / "images.npy") as temporary, temporary.open("wb") as file:
+            np.save(file, images.cpu().numpy())
 
     folder = Store().once("corrupted", inputs, compute)
     # "c": a private copy-on-write map; torch warns of read-only arrays

@@ -81,8 +81,10 @@ def check_example(model: nn.Module, example_input: Tensor) -> None:
     images = any(isinstance(module, nn.Conv2d) for module in model.modules())
     dims, layout = (4, "(N, C, H, W)") if images else (2, "(N, ..., features)")
     if len(shape) == dims - 1:
-        raise ValueError(f"example_input has shape {shape}, without a batch dimension; expected {layout}: "
-                         "pass example_input.unsqueeze(0)")
+        raise ValueError(
+            f"example_input has shape {shape}, without a batch dimension; expected {layout}: "
+            "pass example_input.unsqueeze(0)"
+        )
     if len(shape) < dims or (images and len(shape) > dims):
         raise ValueError(f"example_input has shape {shape}; expected {layout}")
     if 0 in shape:
@@ -95,8 +97,10 @@ def check_channels(name: str, layer: nn.Module, x: Tensor, example_shape: tuple[
     wanted, axis = (layer.in_channels, len(layer.kernel_size) + 1) if conv else (layer.in_features, 1)
     channels = x.shape[-axis] if x.ndim >= axis else None
     if channels != wanted:
-        raise ValueError(f"layer '{name}' takes {wanted} input {'channels' if conv else 'features'} but gets {channels} "
-                         f"(a tensor {tuple(x.shape)}) from example_input of shape {example_shape}")
+        raise ValueError(
+            f"layer '{name}' takes {wanted} input {'channels' if conv else 'features'} but gets {channels} "
+            f"(a tensor {tuple(x.shape)}) from example_input of shape {example_shape}"
+        )
 
 
 def _layer_calls(model: nn.Module, example_input: Tensor) -> list[tuple[str, nn.Module, int]]:
@@ -116,10 +120,14 @@ def _layer_calls(model: nn.Module, example_input: Tensor) -> list[tuple[str, nn.
     try:
         for name, layer in model.named_modules():
             if isinstance(layer, (_ConvNd, nn.Linear)):
-                handles.append(layer.register_forward_pre_hook(
-                    lambda module, args, name=name: check_channels(name, module, args[0], shape)))
-                handles.append(layer.register_forward_hook(
-                    lambda module, args, out, name=name: count(name, module, args[0], out)))
+                handles.append(
+                    layer.register_forward_pre_hook(
+                        lambda module, args, name=name: check_channels(name, module, args[0], shape)
+                    )
+                )
+                handles.append(
+                    layer.register_forward_hook(lambda module, args, out, name=name: count(name, module, args[0], out))
+                )
         with evaluation_mode(model), torch.no_grad():
             # One image: positions are then exactly per image, also where a network folds the batch into windows.
             try:

@@ -43,7 +43,7 @@ class Dataset:
             )
         if len(self.images) != len(self.labels):
             raise ValueError(f"{self.name}: {len(self.images)} images but {len(self.labels)} labels")
-        if len(self.labels) and not (0 <= int(self.labels.min()) and int(self.labels.max()) < len(self.classes)):
+        if len(self.labels) and not (int(self.labels.min()) >= 0 and int(self.labels.max()) < len(self.classes)):
             low, high = int(self.labels.min()), int(self.labels.max())
             raise ValueError(f"{self.name}: labels span {low}..{high}, outside the {len(self.classes)} classes")
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 import torch
+from scipy.special import ndtri, stdtrit
 from torch import Tensor, nn
 
 from gcnet.activations import eval_mode
@@ -88,3 +92,86 @@ def mean_corruption_error(rows: pd.DataFrame, reference: pd.DataFrame) -> float:
         raise ValueError("corruption errors need the same shifts and severities of both networks")
     own, base = own.groupby("shift").sum(), base.groupby("shift").sum()
     return float((own / base.clip(lower=1e-12)).mean())
+
+
+# --- statistics over seeds ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % interval; n seeds; spread = standard deviation of the seeds' means."""
+
+    estimate: float
+    low: float
+    high: float
+    n: int
+    spread: float
+
+
+def bootstrap(values: np.ndarray, *, level: float = 0.95, draws: int = 4000, seed: int = 0) -> Interval:
+    """Hierarchical bootstrap of a mean: seeds are drawn first, then the shifts within each drawn seed.
+
+    values: (seeds, shifts), paired differences or plain measures. Percentiles are taken further out so that few seeds
+    give an interval of honest width (Hesterberg 2015, "expanded percentile"): the plain bootstrap of n seeds is too
+    narrow by sqrt((n - 1) / n) and ignores that the spread is estimated. With one seed the interval is (-inf, inf):
+    nothing is known of other seeds. Choice.
+    """
+    values = np.asarray(values, dtype=float)
+    values = values[:, None] if values.ndim == 1 else values
+    n, shifts = values.shape
+    estimate = float(values.mean())
+    if n < 2:
+        return Interval(estimate, -math.inf, math.inf, n, math.nan)
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(n, size=(draws, n))
+    if shifts == 1:
+        means = values[rows, 0].mean(1)
+    else:
+        columns = rng.integers(shifts, size=(draws, n, shifts))
+        means = values[rows[:, :, None], columns].mean((1, 2))
+    tail = (1 - level) / 2
+    spread = float(values.mean(1).std(ddof=1))
+    # How much wider a t interval is than a normal one with the plug-in spread that the bootstrap uses.
+    widen = stdtrit(n - 1, 1 - tail) / ndtri(1 - tail) * math.sqrt(n / (n - 1))
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Interval(estimate, estimate - widen * (estimate - low), estimate + widen * (high - estimate), n, spread)
+
+
+def paired_differences(
+    rows: pd.DataFrame, chosen: dict[str, object], against: dict[str, object], value: str = "accuracy"
+) -> pd.DataFrame:
+    """Differences `chosen` - `against` at the same pruner, sparsity, seed, shift and severity.
+
+    rows: as in shift_accuracy.csv. chosen, against: column -> value or list of values, e.g. {"hybrid": "B25"}. Returns
+    a frame of one row per (pruner, sparsity, seed) and one column per (shift, severity): what `bootstrap` takes.
+    """
+
+    def part(where: dict[str, object]) -> pd.DataFrame:
+        found = rows
+        for column, wanted in where.items():
+            found = found[found[column].isin(wanted if isinstance(wanted, (list, tuple)) else [wanted])]
+        index = ["pruner", "sparsity", "seed"]
+        return found.pivot_table(index=index, columns=["shift", "severity"], values=value, aggfunc="mean")
+
+    return (part(chosen) - part(against)).dropna(how="all").dropna(axis=1, how="any")
+
+
+def seeds_needed(interval: Interval, smallest: float, power: float = 0.8) -> int:
+    """About how many seeds would tell a difference of this size (at least `smallest`) from none, at 5 % and `power`."""
+    size = max(abs(interval.estimate), smallest)
+    if not math.isfinite(interval.spread):
+        return 3
+    return max(3, interval.n + 1, math.ceil(((ndtri(0.975) + ndtri(power)) * interval.spread / size) ** 2))
+
+
+def verdict(interval: Interval, *, margin: float = 0.0, smallest: float = 0.002) -> str:
+    """'supported', 'contradicted' or 'inconclusive (...)' for the statement "the difference is above -margin".
+
+    margin: 0 for "better than"; a tolerated loss for "at least as good as". smallest: a difference that would matter,
+    for the number of seeds that an inconclusive verdict names. All in fractions of accuracy.
+    """
+    if interval.low > -margin:
+        return "supported"
+    if interval.high < -margin:
+        return "contradicted"
+    return f"inconclusive (n too small: would need about {seeds_needed(interval, smallest)} seeds)"

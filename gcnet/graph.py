@@ -17,6 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from gcnet.errors import unknown
 
 RESIDUAL = ("all", "nearest")
 
-_TORCH = os.path.dirname(torch.__file__) + os.sep
+_TORCH = str(Path(torch.__file__).parent) + os.sep
 
 # More producers than this behind one channel means that channels were mixed, not added (choice).
 MAX_MIXED = 256
@@ -83,8 +84,14 @@ class LayerGraph:
         return _table(self)
 
 
-def layer_graph(model: nn.Module, example_input: Tensor, *, residual: str = "all", gates: bool = False,
-                leaf_modules: Iterable[type | str] = ()) -> LayerGraph:
+def layer_graph(
+    model: nn.Module,
+    example_input: Tensor,
+    *,
+    residual: str = "all",
+    gates: bool = False,
+    leaf_modules: Iterable[type | str] = (),
+) -> LayerGraph:
     """Weighted layers of a network in execution order, with the parents of each, channel by channel.
 
     example_input: (N, C, H, W), or (N, ..., features) without convolutions; only the first image is run, in eval
@@ -126,8 +133,11 @@ def trace(model: nn.Module, *, leaf_modules: Iterable[type | str] = ()) -> fx.Gr
         if isinstance(leaf, str) and leaf not in names:
             raise unknown("leaf module", leaf, names)
     # Optional arguments keep their defaults: as proxies they would break "if mask is None".
-    defaults = {name: argument.default for name, argument in inspect.signature(model.forward).parameters.items()
-                if argument.default is not inspect.Parameter.empty}
+    defaults = {
+        name: argument.default
+        for name, argument in inspect.signature(model.forward).parameters.items()
+        if argument.default is not inspect.Parameter.empty
+    }
     tracer = Tracer(leaves)
     try:
         graph = tracer.trace(model, concrete_args=defaults or None)
@@ -187,13 +197,21 @@ def _is_layer(module: nn.Module) -> bool:
 def _trace_message(model: nn.Module, error: Exception) -> str:
     """Where in the user's own source tracing failed, and what can be done about it."""
     # fx calls the model from inside torch, so the user's line is the last frame that is neither torch's nor ours.
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__)
-              if not frame.filename.startswith((_TORCH, os.path.abspath(__file__))) and os.path.exists(frame.filename)]
-    where = f"{frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}: `{frames[-1].line}`" if frames else (
-        "at a line that could not be found")
-    return (f"torch.fx cannot trace {type(model).__name__}: {where} ({type(error).__name__}: {error}). The course of "
-            "forward may not depend on the values or shapes of tensors. Rewrite that line, or keep the submodule it "
-            "belongs to whole with leaf_modules=(its type or its name,)")
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((_TORCH, __file__)) and Path(frame.filename).exists()
+    ]
+    where = (
+        f"{frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}: `{frames[-1].line}`"
+        if frames
+        else ("at a line that could not be found")
+    )
+    return (
+        f"torch.fx cannot trace {type(model).__name__}: {where} ({type(error).__name__}: {error}). The course of "
+        "forward may not depend on the values or shapes of tensors. Rewrite that line, or keep the submodule it "
+        "belongs to whole with leaf_modules=(its type or its name,)"
+    )
 
 
 # Operations by what they do to provenance. The names are those of torch functions and tensor methods without leading
@@ -229,16 +247,33 @@ _PRODUCT = _names("matmul bmm mm")
 
 def _module_types(namespace: Any, *but: type) -> tuple[type, ...]:
     """The module classes that one of torch.nn's files defines."""
-    return tuple(kind for kind in vars(namespace).values() if isinstance(kind, type)
-                 and issubclass(kind, nn.Module) and kind.__module__ == namespace.__name__ and kind not in but)
+    return tuple(
+        kind
+        for kind in vars(namespace).values()
+        if isinstance(kind, type)
+        and issubclass(kind, nn.Module)
+        and kind.__module__ == namespace.__name__
+        and kind not in but
+    )
 
 
 _SOFTMAX_MODULES = (nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax)
-_CHAIN_MODULES = (batchnorm._NormBase, dropout._DropoutNd, nn.Identity, *_module_types(normalization),
-                  *_module_types(activation, nn.MultiheadAttention, nn.GLU, *_SOFTMAX_MODULES))
+_CHAIN_MODULES = (
+    batchnorm._NormBase,
+    dropout._DropoutNd,
+    nn.Identity,
+    *_module_types(normalization),
+    *_module_types(activation, nn.MultiheadAttention, nn.GLU, *_SOFTMAX_MODULES),
+)
 _GATE_MODULES = (nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softmax2d)
-_SHAPE_MODULES = (nn.Flatten, nn.Unflatten, nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle,
-                  *_module_types(padding))
+_SHAPE_MODULES = (
+    nn.Flatten,
+    nn.Unflatten,
+    nn.ChannelShuffle,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+    *_module_types(padding),
+)
 _POOL_MODULES = _module_types(pooling)
 
 
@@ -298,8 +333,10 @@ class _Provenance(fx.Interpreter):
             self.prov[node] = self.propagate(node, value)
         except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
             # A call in a form that no rule foresees costs the parents behind it, not the whole graph.
-            self.note(f"{node.name}: could not be followed ({type(error).__name__}: {error}); layers behind it have "
-                      "no parent there")
+            self.note(
+                f"{node.name}: could not be followed ({type(error).__name__}: {error}); layers behind it have "
+                "no parent there"
+            )
             self.prov[node] = _unknown(value)
         for dead in self.user_to_last_uses.get(node, ()):
             self.prov.pop(dead, None)
@@ -316,8 +353,9 @@ class _Provenance(fx.Interpreter):
         try:
             return super().run_node(node)
         except Exception as error:
-            raise ValueError(f"the network cannot take example_input of shape {self.example_shape}: at '{place}': "
-                             f"{error}") from error
+            raise ValueError(
+                f"the network cannot take example_input of shape {self.example_shape}: at '{place}': {error}"
+            ) from error
 
     # What the nodes do ------------------------------------------------------------------------------------------
 
@@ -418,8 +456,9 @@ class _Provenance(fx.Interpreter):
 
     def apply(self, node: fx.Node, k: int) -> Any:
         """Run a shape operation on the k-th ids of its operands; 0 stands in where an operand has fewer."""
-        args, kwargs = (map_arg(a, lambda n: _kth_ids(self.env[n], self.prov.get(n), k))
-                        for a in (node.args, node.kwargs))
+        args, kwargs = (
+            map_arg(a, lambda n: _kth_ids(self.env[n], self.prov.get(n), k)) for a in (node.args, node.kwargs)
+        )
         if node.op == "call_module":
             module = self.module.get_submodule(str(node.target))
             if isinstance(module, padding._ConstantPadNd):  # whatever it pads with is nobody's channel
@@ -451,8 +490,9 @@ class _Provenance(fx.Interpreter):
         if len(tensors) < 2 or not (provs[0].ids and provs[1].ids):
             kept = next((prov for prov in provs if prov.ids), _UNKNOWN)
             by_gate = any(prov.gate for prov in provs if prov is not kept)
-            return _Prov(_fit(kept.ids, value), kept.gate,
-                         kept.gated | (self.layers_in(kept.ids) if by_gate else frozenset()))
+            return _Prov(
+                _fit(kept.ids, value), kept.gate, kept.gated | (self.layers_in(kept.ids) if by_gate else frozenset())
+            )
         sizes, gate = [self.env[n].numel() for n in tensors], None
         if division:
             gate = 1
@@ -494,7 +534,9 @@ class _Provenance(fx.Interpreter):
         dims = [dims] if isinstance(dims, int) else list(dims)
         ids = [part for entry in prov.ids for part in _distinct(entry, dims)]
         if len(ids) > MAX_MIXED:
-            self.note(f"{node.name}: {_operation(node)} over {len(ids)} channels; layers behind it have no parent there")
+            self.note(
+                f"{node.name}: {_operation(node)} over {len(ids)} channels; layers behind it have no parent there"
+            )
             return _unknown(value)
         return _like(value, lambda v: _Prov(_unique(_compact(i.reshape(v.shape)) for i in ids), gated=prov.gated))
 
@@ -551,8 +593,10 @@ class _Provenance(fx.Interpreter):
         latest = numbers[0]
         for other in numbers[1:]:
             latest = torch.maximum(latest, other)
-        return _unique(_compact(torch.where(number == latest, _core(entry), 0).expand(entry.shape))
-                       for entry, number in zip(ids, numbers, strict=True))
+        return _unique(
+            _compact(torch.where(number == latest, _core(entry), 0).expand(entry.shape))
+            for entry, number in zip(ids, numbers, strict=True)
+        )
 
     def note(self, text: str) -> None:
         self.notes.setdefault(text)
@@ -562,14 +606,19 @@ class _Provenance(fx.Interpreter):
         via: dict[tuple[str, str], tuple[str, ...]] = {}
         for name in self.names:
             # Channels that reach a column twice count once, and disjoint columns of one parent make one source.
-            rows = {parent: torch.stack(_distinct(torch.stack(found), [0])).reshape(-1, self.in_channels[name]) - 1
-                    for parent, found in sorted(self.reached[name].items())}
+            rows = {
+                parent: torch.stack(_distinct(torch.stack(found), [0])).reshape(-1, self.in_channels[name]) - 1
+                for parent, found in sorted(self.reached[name].items())
+            }
             layer = self.module.get_submodule(name)
             for parent in rows:
                 full = self.out_channels[self.names[parent]]
                 via[name, self.names[parent]] = _words(layer, parent, rows, full, parent in self.gated[name])
-            sources[name] = tuple(Source(self.names[parent], index.long().to(device))
-                                  for parent, indices in rows.items() for index in indices)
+            sources[name] = tuple(
+                Source(self.names[parent], index.long().to(device))
+                for parent, indices in rows.items()
+                for index in indices
+            )
         first_calls = {name: self.calls[name][0] for name in self.names}
         return LayerGraph(
             layers=tuple(self.names),
@@ -637,8 +686,9 @@ def _unique(ids: Iterable[Tensor]) -> tuple[Tensor, ...]:
         if any(entry is other for other, _ in kept):
             continue
         core = _core(entry)
-        if bool((core > 0).any()) and not any(core.shape == small.shape and torch.equal(core, small)
-                                              for _, small in kept):
+        if bool((core > 0).any()) and not any(
+            core.shape == small.shape and torch.equal(core, small) for _, small in kept
+        ):
             kept.append((entry, core))
     return tuple(entry for entry, _ in kept)
 
@@ -763,8 +813,10 @@ def _table(graph: LayerGraph) -> str:
         kind = _kind(graph.module.get_submodule(name))
         rows.append((name, kind, shape, str(graph.positions[name]), _parents_in_words(graph, name)))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = [f"{name:<{widths[0]}}  {kind:<{widths[1]}}  {shape:>{widths[2]}}  {count:>{widths[3]}}  {parents}"
-             for name, kind, shape, count, parents in rows]
+    lines = [
+        f"{name:<{widths[0]}}  {kind:<{widths[1]}}  {shape:>{widths[2]}}  {count:>{widths[3]}}  {parents}"
+        for name, kind, shape, count, parents in rows
+    ]
     if graph.shared:
         lines.append(f"called more than once: {', '.join(graph.shared)}")
     return "\n".join([*lines, *(f"note: {note}" for note in graph.notes)])

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -21,6 +22,13 @@ from typing import Any
 from gcnet import paths
 
 log = logging.getLogger("gcnet")
+
+_USED: Counter[str] = Counter()
+
+
+def used_code() -> dict[str, int]:
+    """{git sha of the code that computed them (with "+dirty"): how many store entries this process has read}."""
+    return dict(sorted(_USED.items()))
 
 
 @contextmanager
@@ -124,6 +132,8 @@ class Store:
         except (json.JSONDecodeError, KeyError, OSError):
             intact = False
         if intact:
+            made_by = entry["provenance"]
+            _USED[made_by["git_sha"] + ("+dirty" if made_by["git_dirty"] else "")] += 1
             return folder
         aside = folder.with_name(f"{folder.name}.corrupt-{uuid.uuid4().hex[:6]}")
         folder.rename(aside)

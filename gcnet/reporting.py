@@ -1,0 +1,314 @@
+"""Figures in one style, tables as CSV, Markdown and LaTeX, and beside each what it was made from."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import yaml
+from matplotlib.figure import Figure
+
+from gcnet import paths
+from gcnet.cells import cell_result, cells, shift_rows, splits
+from gcnet.evaluation import Interval, bootstrap, paired_differences, verdict
+from gcnet.store import atomic_write, provenance, used_code, write_json
+from gcnet.study import Study
+
+_STARTED = time.perf_counter()
+
+# Okabe and Ito's colours, told apart by colour-blind readers; hybrids also differ in marker and line.
+COLORS = {
+    "none": "#000000",
+    "direct": "#595959",
+    "Full": "#D55E00",
+    "FH": "#E69F00",
+    "BH": "#56B4E9",
+    "B25": "#0072B2",
+}
+MARKERS = {"none": "*", "direct": "s", "Full": "v", "FH": "<", "BH": ">", "B25": "o"}
+PRUNER_NAMES = {
+    "random": "random",
+    "l1": "L1, global",
+    "l1_layer": "L1, layer-wise",
+    "lamp": "LAMP",
+    "os_synflow": "OS-SynFlow",
+    "synflow": "SynFlow-100",
+}
+
+
+def style() -> None:
+    """The one style of all figures: call it once in a notebook."""
+    sns.set_theme(context="notebook", style="ticks", palette="colorblind")
+    plt.rcParams.update(
+        {
+            "figure.dpi": 110,
+            "savefig.dpi": 200,
+            "savefig.bbox": "tight",
+            "figure.constrained_layout.use": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": "medium",
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "font.size": 10,
+            "legend.frameon": False,
+            "svg.hashsalt": "gcnet",  # the same bytes on a re-run
+            "svg.fonttype": "none",
+        }
+    )
+
+
+# --- files with their provenance ------------------------------------------------------------------------------------
+
+
+def _made_from(study: Study, extra: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {
+        "study": study.model_dump(mode="json"),
+        "seeds": list(study.seeds),
+        "data_sha256": splits(study).train.sha256,
+        "results_computed_by": used_code(),
+        "wall_s": round(time.perf_counter() - _STARTED, 1),
+        **provenance(),
+        **(extra or {}),
+    }
+
+
+def save_figure(figure: Figure, study: Study, name: str, alt: str = "") -> Path:
+    """Write results/<study>/figures/<name>.svg, .png and .json (provenance; `alt` describes the picture in words)."""
+    folder = paths.results(study.study) / "figures"
+    for suffix in ("svg", "png"):
+        metadata = {"Date": None} if suffix == "svg" else {"Software": None}
+        with atomic_write(folder / f"{name}.{suffix}") as temporary:
+            figure.savefig(temporary, format=suffix, metadata=metadata)
+    write_json(folder / f"{name}.json", _made_from(study, {"alt": alt}))
+    return folder / f"{name}.svg"
+
+
+def save_table(frame: pd.DataFrame, study: Study, name: str, rendered: pd.DataFrame | None = None) -> Path:
+    """Write results/<study>/tables/<name>.csv (one row a fact), .md and .tex (`rendered`, default the same), .json."""
+    folder = paths.results(study.study) / "tables"
+    shown = frame if rendered is None else rendered
+    with atomic_write(folder / f"{name}.csv") as temporary:
+        frame.to_csv(temporary, index=False, float_format="%.10g", lineterminator="\n")
+    with atomic_write(folder / f"{name}.md") as temporary:
+        temporary.write_text(to_markdown(shown), encoding="utf-8")
+    with atomic_write(folder / f"{name}.tex") as temporary:
+        temporary.write_text(to_latex(shown), encoding="utf-8")
+    write_json(folder / f"{name}.json", _made_from(study, None))
+    return folder / f"{name}.csv"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return "" if np.isnan(value) else f"{value:.4g}"
+    return str(value)
+
+
+def _flat(frame: pd.DataFrame) -> pd.DataFrame:
+    """Index levels as columns, column levels joined: what a text table can show."""
+    flat = frame.reset_index() if frame.index.names != [None] else frame
+    if isinstance(flat.columns, pd.MultiIndex):
+        flat.columns = [" ".join(_text(part) for part in column if part != "").strip() for column in flat.columns]
+    return flat
+
+
+def to_markdown(frame: pd.DataFrame) -> str:
+    """A GitHub table; numbers to four digits."""
+    flat = _flat(frame)
+    rows = [[_text(value).replace("|", "\\|") for value in row] for row in flat.itertuples(index=False)]
+    head = [str(column) for column in flat.columns]
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join(lines) + "\n"
+
+
+_LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "±": r"$\pm$", "−": "$-$"}
+
+
+def to_latex(frame: pd.DataFrame) -> str:
+    """A booktabs tabular; `**x**` becomes bold."""
+
+    def cell(value: Any) -> str:
+        text = _text(value)
+        for plain, escaped in _LATEX.items():
+            text = text.replace(plain, escaped)
+        if text.startswith("**") and text.endswith("**") and len(text) > 4:
+            text = rf"\textbf{{{text[2:-2]}}}"
+        return text
+
+    flat = _flat(frame)
+    columns = "".join("r" if pd.api.types.is_numeric_dtype(flat[c]) else "l" for c in flat.columns)
+    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
+    lines += [" & ".join(cell(c) for c in flat.columns) + r" \\", r"\midrule"]
+    lines += [" & ".join(cell(v) for v in row) + r" \\" for row in flat.itertuples(index=False)]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def mean_and_spread(frame: pd.DataFrame, rows: Sequence[str], columns: str, value: str) -> pd.DataFrame:
+    """Percent, mean ± standard deviation over seeds, `rows` down and `columns` across.
+
+    frame: one row a seed after averaging over everything that is neither a row, a column nor `seed`. The best of a row
+    is bold only where the paired difference to the second best lies outside its 95 % interval.
+    """
+    order = list(dict.fromkeys(frame[columns]))
+    seeds = frame.groupby([*rows, columns, "seed"], sort=False)[value].mean().unstack("seed")
+    lines = {}
+    for key, part in seeds.groupby(list(rows), sort=False):
+        part = part.droplevel(list(range(len(rows)))).reindex(order)
+        text = {c: _mean_pm(part.loc[c].dropna().to_numpy()) for c in order}
+        ranked = part.mean(1).sort_values(ascending=False).index
+        if len(ranked) > 1 and part.shape[1] > 1:
+            gap = (part.loc[ranked[0]] - part.loc[ranked[1]]).dropna().to_numpy()
+            if len(gap) > 1 and bootstrap(gap).low > 0:
+                text[ranked[0]] = f"**{text[ranked[0]]}**"
+        lines[key] = text
+    table = pd.DataFrame.from_dict(lines, orient="index", columns=order)
+    table.index = pd.MultiIndex.from_tuples([k if isinstance(k, tuple) else (k,) for k in lines], names=list(rows))
+    return table.fillna("")
+
+
+def _mean_pm(values: np.ndarray) -> str:
+    if not len(values):
+        return ""
+    mean = f"{100 * values.mean():.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {100 * values.std(ddof=1):.1f}"
+
+
+# --- the study's tables ---------------------------------------------------------------------------------------------
+
+CELL = ["pruner", "hybrid", "similarity", "sparsity", "seed"]
+
+
+def accuracy_table(study: Study) -> pd.DataFrame:
+    """accuracy.csv: one row a cell, the dense network included."""
+    rows = []
+    for cell in cells(study):
+        result = cell_result(study, cell)
+        rows.append(
+            {
+                **{name: result[name] for name in CELL},
+                **{n: result[n] for n in ("kept_weights", "macs", "accuracy_before", "accuracy", "ece")},
+                "collapsed_layers": len(result["collapsed_layers"]),
+                "passes_signal": result["passes_signal"],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def layer_table(study: Study) -> pd.DataFrame:
+    """Sparsity per layer and cell: pruner, hybrid, similarity, sparsity, seed, layer, weights, kept."""
+    rows = []
+    for cell in cells(study):
+        for layer in cell_result(study, cell)["layers"]:
+            rows.append({**cell.row(), **{k: layer[k] for k in ("layer", "weights", "kept")}})
+    return pd.DataFrame(rows)
+
+
+def shift_table(study: Study) -> pd.DataFrame:
+    """shift_accuracy.csv: one row a cell, shift and severity (0 = the clean test set)."""
+    rows = [
+        {**cell.row(), "shift": row["shift"], "severity": row["severity"], "accuracy": row["accuracy"], "ece": row["ece"]}
+        for cell in cells(study)
+        for row in shift_rows(study, cell)
+    ]
+    return pd.DataFrame(rows)
+
+
+# --- claims ---------------------------------------------------------------------------------------------------------
+
+
+def load_claims(path: Path | None = None) -> list[dict[str, Any]]:
+    """params/claims.yaml: each testable sentence as data."""
+    return yaml.safe_load((path or paths.params() / "claims.yaml").read_text(encoding="utf-8"))
+
+
+def claims_table(study: Study, shifts: pd.DataFrame, accuracy: pd.DataFrame) -> pd.DataFrame:
+    """claims.csv: claim, source, statement, measure, estimate, ci_low, ci_high, n, verdict, per comparison.
+
+    Differences are paired: the same pruner, sparsity, seed, shift and severity on both sides, averaged over pruners.
+    A comparison whose cells the study does not have is left out.
+    """
+    rows = []
+    for claim in load_claims():
+        for test in claim["comparisons"]:
+            for sparsity in study.sparsities:
+                interval = _compare(test, sparsity, shifts, accuracy)
+                if interval is not None:
+                    rows.append(_claim_row(claim, test, sparsity, interval))
+    columns = ["claim", "source", "statement", "measure", "estimate", "ci_low", "ci_high", "n", "verdict", "sparsity"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _compare(
+    test: dict[str, Any], sparsity: float, shifts: pd.DataFrame, accuracy: pd.DataFrame
+) -> Interval | None:
+    if test["measure"] == "macs":
+        dense = accuracy[accuracy.pruner == "none"].macs.iloc[0]
+        source = accuracy.assign(shift="clean", severity=0, value=-accuracy.macs / dense)
+    else:
+        wanted = shifts.severity > 0 if test["measure"] == "shifted" else shifts.severity == 0
+        source = shifts[wanted].assign(value=shifts.accuracy)
+    source = source[source.sparsity == sparsity]
+    difference = paired_differences(source, test["of"], test["against"], "value")
+    if difference.empty:
+        return None
+    # Seeds are the repetitions; what a seed's networks do under every pruner and shift is one block.
+    by_seed = difference.unstack("pruner").droplevel("sparsity").dropna(axis=1)
+    return bootstrap(by_seed.to_numpy())
+
+
+_MEASURES = {
+    "shifted": "accuracy under shift, difference",
+    "clean": "clean accuracy, difference",
+    "macs": "share of dense MACs saved, difference",
+}
+
+
+def _claim_row(claim: dict[str, Any], test: dict[str, Any], sparsity: float, interval: Interval) -> dict[str, Any]:
+    def names(where: dict[str, Any]) -> str:
+        return " ".join("/".join(v) if isinstance(v, list) else str(v) for v in where.values())
+
+    return {
+        "claim": claim["id"],
+        "source": claim["source"],
+        "statement": claim["statement"],
+        "measure": f"{_MEASURES[test['measure']]}: {names(test['of'])} - {names(test['against'])}",
+        "estimate": interval.estimate,
+        "ci_low": interval.low,
+        "ci_high": interval.high,
+        "n": interval.n,
+        "verdict": verdict(interval, margin=test.get("margin", 0.0)),
+        "sparsity": sparsity,
+    }
+
+
+def forest_plot(claims: pd.DataFrame, axis: plt.Axes) -> None:
+    """Every comparison as an interval in points, coloured and marked by its verdict, the zero line drawn."""
+    look = {"supported": ("#009E73", "o"), "contradicted": ("#D55E00", "X"), "inconclusive": ("#7F7F7F", "D")}
+    height = np.arange(len(claims))[::-1]
+    limit = 100 * np.nanmax(np.abs(claims.estimate)) * 1.3 + 1
+    seen = set()
+    for y, row in zip(height, claims.itertuples(), strict=True):
+        word = row.verdict.split(" ")[0]
+        color, marker = look[word]
+        low, high = np.clip([100 * row.ci_low, 100 * row.ci_high], -limit * 2, limit * 2)
+        axis.plot([low, high], [y, y], color=color, lw=2)
+        axis.plot(100 * row.estimate, y, marker, color=color, ms=7, label=None if word in seen else word)
+        seen.add(word)
+    axis.axvline(0, color="black", lw=0.8)
+    axis.set_yticks(height, [f"{r.measure.split(': ')[1]}  ({r.sparsity:.0%})" for r in claims.itertuples()])
+    axis.set_xlabel("difference in points, with 95 % interval")
+    axis.legend(loc="best")
+
+
+@contextlib.contextmanager
+def subplots(rows: int, columns: int, *, cell: tuple[float, float] = (3.0, 2.4), **options: Any) -> Iterator[Any]:
+    """A grid of axes sized by its cells; options go to matplotlib's subplots."""
+    figure, axes = plt.subplots(rows, columns, figsize=(cell[0] * columns, cell[1] * rows), squeeze=False, **options)
+    yield figure, axes
