@@ -1,0 +1,209 @@
+"""`python -m gcnet`: run a notebook, sweep a study's cells, say what is done and where a result comes from."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import BrokenExecutor
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from gcnet import paths, run
+from gcnet.errors import unknown
+
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns 0, 1 when something that was started failed, 2 when what was asked for is wrong."""
+    options = _parser().parse_args(arguments)
+    # A polite kill unwinds like Ctrl-C does, so that kernels and workers stop and temporary files go.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        return options.command(options)
+    except run.NotebookFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; what is finished is kept, the next run continues", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        print(f"error: {sys.executable} has no package '{error.name}': `make env` installs it", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m gcnet", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function: Any, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(command=function)
+        return sub
+
+    def with_study(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--study", default="digits", help="name in params/, or a params file (default: digits)")
+        sub.add_argument(
+            "-p", dest="overrides", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"),
+            help="override a parameter; the value is YAML: -p width 0.5 -p 'seeds' '[0, 1]'",
+        )  # fmt: skip
+
+    sub = command("run", _run, "execute a notebook headless with a study's parameters")
+    sub.add_argument("notebook", type=Path)
+    with_study(sub)
+    sub = command("sweep", _sweep, "compute every cell of a study that the store does not hold, on all cores")
+    sub.add_argument("--jobs", type=int, help="worker processes (default: one a core; on a GPU at most 4)")
+    with_study(sub)
+    sub = command("status", _status, "which stages of a study are done or stale, and why")
+    sub.add_argument("--study", default="digits")
+    command("list", _list, "the names that a study may use")
+    sub = command("why", _why, "what a store entry was computed from, and by what")
+    sub.add_argument("key", metavar="KEY", help="entry in the store, or the start of its name: cell-3f2a")
+    return parser
+
+
+def _study(options: argparse.Namespace) -> Any:
+    return run.load_study(options.study, dict(run.parse_override(*pair) for pair in options.overrides))
+
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+
+def _run(options: argparse.Namespace) -> int:
+    notebook = run.find_notebook(options.notebook)
+    for name in ("papermill", "ipykernel"):
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(name=name)
+    study = _study(options)
+    print(f"{notebook.stem}: running with study {study.study}", flush=True)
+    started = time.perf_counter()
+    executed = run.run_notebook(notebook, study)
+    shown = executed.relative_to(paths.project())
+    print(f"{notebook.stem}: done in {time.perf_counter() - started:.0f} s: {shown}", flush=True)
+    return 0
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    if options.jobs is not None and options.jobs < 1:
+        raise ValueError(f"--jobs {options.jobs}: at least one worker process is needed")
+    study = _study(options)
+    from gcnet.sweep import pool, sweep
+    from gcnet.training import pick_device
+
+    # Every worker on a GPU holds its own context, about half a gigabyte, and they share its speed.
+    jobs = options.jobs or (cores() if pick_device(study.device).type == "cpu" else min(4, cores()))
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("gcnet").setLevel(logging.INFO)
+    print(f"sweep: study {study.study}, {jobs} worker processes", flush=True)
+    started = time.time()
+    done = run.marker(study.study, "sweep")
+    done.unlink(missing_ok=True)
+    executor = pool(jobs)
+    try:
+        failures = sweep(study, executor)
+    except BrokenExecutor:
+        print(
+            "failed: a worker process died; the system kills one that runs out of memory. What is finished is kept: "
+            f"run again, with fewer workers (now {jobs}) if it repeats: JOBS=1, or --jobs 1",
+            file=sys.stderr,
+        )
+        return 1
+    except BaseException:
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
+    finally:
+        executor.shutdown(cancel_futures=True)
+    if failures:
+        _print_failures(failures)
+        return 1
+    if run.is_params_file(study):
+        run.mark_done(study, "sweep", started)
+    print(f"sweep: done in {time.time() - started:.0f} s", flush=True)
+    return 0
+
+
+def _print_failures(failures: Sequence[dict[str, Any]]) -> None:
+    """Every failed task, those with the same error together: one missing file must not print a page."""
+    by_error: dict[str, list[str]] = {}
+    for failure in failures:
+        by_error.setdefault(failure["error"], []).append(f"{failure['stage']}: {failure['task']}")
+    for error, tasks in by_error.items():
+        print(f"failed: {error}\n  " + "\n  ".join(tasks), file=sys.stderr)
+
+
+def _status(options: argparse.Namespace) -> int:
+    if options.study not in run.studies():
+        raise unknown("study", options.study, run.studies())
+    rows = run.status(options.study)
+    width = max(len(stage) for stage, _, _ in rows)
+    print(f"study {options.study}")
+    for stage, state, why in rows:
+        print(f"  {stage:<{width}}  {state:<7}  {why}")
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    from gcnet import connectivity, data, hybrid, networks, pruning, shifts
+
+    registries = {
+        "data sets": [*data.DATASETS, "image_folder:PATH"],
+        "networks": [*networks.NETWORKS, "torchvision:NAME"],
+        "pruners": pruning.PRUNERS,
+        "hybrids": hybrid.HYBRIDS,
+        "similarities": connectivity.SIMILARITIES,
+        "shifts": shifts.CORRUPTIONS,
+        "natural shifts": shifts.NATURAL_SHIFTS,
+        "studies": run.studies(),
+    }
+    width = max(map(len, registries))
+    for kind, names in registries.items():
+        print(f"{kind:<{width}}  {', '.join(names)}")
+    return 0
+
+
+def _why(options: argparse.Namespace) -> int:
+    keys = sorted(p.parent.name for p in paths.runs().glob("*/entry.json") if ".corrupt-" not in p.parent.name)
+    found = [key for key in keys if key.startswith(options.key)]
+    if options.key in keys:
+        found = [options.key]
+    if len(found) != 1:
+        near = found or get_close_matches(options.key, keys, n=1, cutoff=0.1)
+        hint = f" did you mean '{near[0]}'?" if near else ""
+        problem = f"'{options.key}' begins the names of {len(found)} store entries;" if found else (
+            f"unknown store entry '{options.key}';"
+        )  # fmt: skip
+        raise ValueError(f"{problem}{hint} {paths.runs()} holds {len(keys)}")
+    folder = paths.runs() / found[0]
+    entry = json.loads((folder / "entry.json").read_text(encoding="utf-8"))
+    print(folder)
+    for part in ("inputs", "provenance", "files"):
+        print(f"{part}:")
+        for name, value in entry[part].items():
+            print(f"  {name}: {json.dumps(value) if isinstance(value, (dict, list)) else value}")
+    print(f"wall_s: {entry['wall_s']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
