@@ -159,9 +159,10 @@ def _peer_python() -> Path:
         done = subprocess.run(step, capture_output=True, text=True)
         if done.returncode:
             version = ".".join(map(str, sys.version_info[:2]))
+            reason = (done.stderr or done.stdout)[-1000:]
             raise RuntimeError(
-                f"the environment of {PEER} cannot be built in {ENVIRONMENT} with Python {version} (3.11 is known "
-                f"to work, with a package registry): {' '.join(step)}: {(done.stderr or done.stdout)[-1000:]}"
+                f"the environment of {PEER} cannot be built in {ENVIRONMENT} with Python {version} "
+                f"(3.11 and a package registry are known to work): {' '.join(step)}: {reason}"
             )
     ready.write_text(wanted)
     return python

@@ -27,10 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns 0, 1 when something that was started failed, 2 when what was asked for is wrong."""
     options = _parser().parse_args(arguments)
     # A polite kill unwinds like Ctrl-C does, so that kernels and workers stop and temporary files go.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         return options.command(options)
-    except run.NotebookFailed as error:
+    except run.NotebookError as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -45,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"error: {sys.executable} has no package '{error.name}': `make env` installs it", file=sys.stderr)
         return 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gcnet import data, networks, paths
-from gcnet.connectivity import SIMILARITIES, connectivity
+from gcnet.connectivity import SIMILARITIES, connectivity, spearman
 from gcnet.cost import macs
 from gcnet.evaluation import score
 from gcnet.graph import LayerGraph, layer_graph
-from gcnet.hybrid import hybrid_masks, passes_signal
+from gcnet.hybrid import HYBRIDS, hybrid_masks, passes_signal
 from gcnet.pruning import Masks, apply_masks, collapsed_layers, summary
 from gcnet.shifts import NATURAL_SHIFTS, corrupt, load_cifar_c
 from gcnet.store import Store, atomic_write, read_json, write_json
@@ -26,7 +26,7 @@ from gcnet.study import Study
 from gcnet.training import Normalize, Recipe, fast_bfloat16, pick_device, train
 
 # What a result depends on. A number is raised when the computation behind a kind changes its results.
-VERSIONS = {"dense": 1, "connectivity": 1, "cell": 1, "corrupted": 1, "shift": 1}
+VERSIONS = {"dense": 1, "connectivity": 1, "cell": 1, "corrupted": 1, "shift": 1, "flops": 1, "drift": 1}
 DATA = ("dataset", "image_size", "channels", "val_share", "split_seed", "train_images")
 NETWORK = ("network", "width")
 TRAINING = ("epochs", "batch_size", "lr", "schedule", "momentum", "weight_decay", "label_smoothing", "crop_padding",
@@ -295,6 +295,48 @@ def pruned_network(study: Study, cell: Cell) -> nn.Sequential:
     return _loaded(study, cell.seed, dense_folder(study, cell.seed) if cell.is_dense else cell_folder(study, cell))
 
 
+def flops_rows(study: Study, seed: int, similarity: str) -> list[dict[str, Any]]:
+    """Multiply-accumulates left by the study's `flops_pruner`, from masks alone: one row a hybrid and sparsity.
+
+    similarity `none` gives direct pruning. Source: GC-Net, Fig. 4.
+    """
+    guided = similarity != "none"
+    hybrids = [h for h in HYBRIDS if (h != "direct") == guided]
+    inputs = {
+        "version": VERSIONS["flops"],
+        "dense": Store.key("dense", _dense_inputs(study, seed)),
+        "connectivity": Store.key("connectivity", _connectivity_inputs(study, seed, similarity)) if guided else None,
+        "ghost_batchnorm": None if study.ghost_batchnorm == "identity" else study.ghost_batchnorm,
+        "pruner": study.flops_pruner,
+        "hybrids": hybrids,
+        "sparsities": list(study.sparsities),
+        "seed": seed,
+    }
+
+    def compute(folder: Path) -> None:
+        net = dense(study, seed)
+        dense_macs = macs(net[1], example_input(study))
+        rows = []
+        for hybrid in hybrids:
+            for sparsity in study.sparsities:
+                cell = Cell(study.flops_pruner, hybrid, similarity, sparsity, seed)
+                left = macs(net[1], example_input(study), cell_masks(study, cell, net))
+                rows.append(
+                    {
+                        "similarity": similarity,
+                        "pruner": study.flops_pruner,
+                        "hybrid": hybrid,
+                        "sparsity": sparsity,
+                        "seed": seed,
+                        "macs_dense": dense_macs,
+                        "macs": left,
+                    }
+                )
+        write_json(folder / "flops.json", rows)
+
+    return read_json(Store().once("flops", inputs, compute) / "flops.json")
+
+
 # --- shifted data ---------------------------------------------------------------------------------------------------
 
 
@@ -342,6 +384,51 @@ def corrupted_images(study: Study, name: str, severity: int) -> Tensor:
     folder = Store().once("corrupted", inputs, compute)
     # "c": a private copy-on-write map; torch warns of read-only arrays
     return torch.from_numpy(np.load(folder / "images.npy", mmap_mode="c"))
+
+
+def drift_rows(study: Study, seed: int, severity: int = 3) -> list[dict[str, Any]]:
+    """How far Pearson connectivity moves when it is measured on shifted instead of clean test images.
+
+    One row a shift and layer: distance = |P_shift - P_clean| / |P_clean| (Frobenius), rank_correlation = Spearman's
+    over the entries. Choice: the empirical companion to the paper's theory, whose statements are not at hand.
+    """
+    severity = severity if severity in study.severities else study.severities[-1]
+    inputs = {
+        "version": VERSIONS["drift"],
+        "dense": Store.key("dense", _dense_inputs(study, seed)),
+        **study.only("split_seed", "shift_images", "severity_table"),
+        "tap": study.tap,
+        "residual": None if study.residual == "all" else study.residual,
+        "shifts": list(study.corruptions),
+        "severity": severity,
+    }
+
+    def compute(folder: Path) -> None:
+        net, clean = dense(study, seed), shift_images(study)
+        layers = graph(study, net[1])
+
+        def measured(images: Tensor) -> dict[str, Tensor]:
+            shifted = data.Dataset(clean.name, images, clean.labels, clean.classes)
+            return connectivity(net[1], normalized_batches(net, shifted), tap=study.tap, graph=layers)
+
+        base, rows = measured(clean.images), []
+        for name in study.corruptions:
+            for layer, matrix in measured(corrupted_images(study, name, severity)).items():
+                distance = (matrix - base[layer]).norm() / base[layer].norm().clamp_min(1e-12)
+                ranks = spearman(base[layer].reshape(-1, 1), matrix.reshape(-1, 1)).item()
+                rows.append(
+                    {
+                        "seed": seed,
+                        "shift": name,
+                        "severity": severity,
+                        "layer": layer,
+                        "distance": distance.item(),
+                        "rank_correlation": ranks,
+                    }
+                )
+        write_json(folder / "drift.json", rows)
+
+    return read_json(Store().once("drift", inputs, compute) / "drift.json")
 
 
 def shift_rows(study: Study, cell: Cell) -> list[dict[str, Any]]:

@@ -77,36 +77,42 @@ def spearman(parent: Tensor, child: Tensor) -> Tensor:
     return pearson(_average_ranks(parent), _average_ranks(child))
 
 
-def _centred_alignment(parent: Tensor, child: Tensor, kernel: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-    """<HKH, HLH> / (|HKH| |HLH|) for one-dimensional kernels of every pair of filters, by blocks of rows."""
-    n = len(parent)
-    both = torch.cat([child, parent], 1).T.contiguous()  # (F, N)
-    spread = _bandwidth(both)
-    block = max(1, int(2**25 // (len(both) * n)))
-    row_mean = torch.empty_like(both)
-    for start in range(0, n, block):
-        row_mean[:, start : start + block] = kernel(both[:, start : start + block, None], both[:, None, :], spread).mean(2)
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _centred_alignment(parent: Tensor, child: Tensor, kernel: Kernel) -> Tensor:
+    """<HKH, HLH> / (|HKH| |HLH|) for one-dimensional kernels of every pair of filters, by blocks of rows.
+
+    Filters are standardised first: both kernels used here do not depend on a filter's scale, and float32 then serves.
+    """
+    both = torch.cat([child, parent], 1)
+    constant = both.amax(0) - both.amin(0) <= 1e-7 * both.abs().amax(0)
+    both = ((both - both.mean(0)) / both.std(0).clamp_min(1e-300)).float().T.contiguous()  # (filters, N)
+    filters, n = both.shape
+    width = _median_distance(both)
+    block = max(1, 2**24 // (filters * n))
+
+    def rows(start: int) -> Tensor:
+        return kernel(both[:, start : start + block, None], both[:, None, :], width)
+
+    row_mean = torch.cat([rows(start).mean(2) for start in range(0, n, block)], 1)
     mean = row_mean.mean(1)
     c = child.shape[1]
-    cross = both.new_zeros(c, len(both) - c)
-    own = both.new_zeros(len(both))
+    cross, own = both.new_zeros(c, filters - c), both.new_zeros(filters)
     for start in range(0, n, block):
-        rows = slice(start, start + block)
-        k = kernel(both[:, rows, None], both[:, None, :], spread)
-        k = (k - row_mean[:, rows, None] - row_mean[:, None, :] + mean[:, None, None]).flatten(1)
+        k = rows(start)
+        k = (k - row_mean[:, start : start + block, None] - row_mean[:, None, :] + mean[:, None, None]).flatten(1)
         cross += k[:c] @ k[c:].T
         own += k.square().sum(1)
-    constant = both.max(1).values - both.min(1).values <= 1e-7 * both.abs().max(1).values
     own = torch.where(constant, 0.0, own)
-    return _ratio(cross, own[:c], own[c:]).clamp_min(0)
+    return _ratio(cross.double(), own[:c].double(), own[c:].double()).clamp_min(0)
 
 
-def _bandwidth(filters: Tensor) -> Tensor:
-    """The median distance between two images, per filter (over at most 500 images): the RBF kernel's width."""
-    few = filters[:, :500]
-    distances = (few[:, :, None] - few[:, None, :]).abs().flatten(1)
-    median = distances.median(1).values
-    return torch.where(median > 0, median, few.std(1)).clamp_min(1e-12)[:, None, None]
+def _median_distance(filters: Tensor) -> Tensor:
+    """The median distance between two images, per filter (over at most 300 images): the RBF kernel's width."""
+    few = filters[:, :300]
+    median = torch.cat([(f[:, :, None] - f[:, None, :]).abs().flatten(1).median(1).values for f in few.split(64)])
+    return torch.where(median > 0, median, 1.0)[:, None, None]
 
 
 def distance_correlation(parent: Tensor, child: Tensor) -> Tensor:
@@ -207,14 +213,15 @@ class Similarity:
     sampled: Callable[[Tensor, Tensor], Tensor]
     basis: Literal["moments", "samples", "regression"] = "samples"
     tap: Where = "conv"
+    most: int = 2000  # samples kept at most; fewer where the cost grows with their square
 
 
 SIMILARITIES: dict[str, Similarity] = {
     "pearson": Similarity(pearson, "moments"),
     "cosine": Similarity(cosine, "moments"),
     "spearman": Similarity(spearman),
-    "distance": Similarity(distance_correlation),
-    "hsic": Similarity(hsic),
+    "distance": Similarity(distance_correlation, most=500),
+    "hsic": Similarity(hsic, most=500),
     "mutual_information": Similarity(mutual_information),
     "partial": Similarity(partial, "regression", "relu"),
 }
@@ -270,7 +277,7 @@ def connectivity(
     absolute: bool = False,
     graph: LayerGraph | None = None,
     residual: str = "all",
-    samples: int = 2000,
+    samples: int | None = None,
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """{layer: (C_out, C_in per group) float32} for every layer that has a parent, from one pass over the images.
@@ -279,7 +286,8 @@ def connectivity(
     "conv" (the layer's own output) or "relu" (after BatchNorm and activation); None is the similarity's own (conv;
     relu for partial). classwise: computed within each class, averaged over the classes. absolute: the magnitude (of
     each class before averaging). residual: which parents a sum has, see `layer_graph`. samples: images kept, drawn
-    uniformly from the seed, for the similarities that need samples (spearman, distance, hsic, mutual_information).
+    uniformly from the seed, for the similarities that need samples (default 2,000 for spearman and mutual_information,
+    500 for distance and hsic, whose cost grows with the square).
     The matrices of parents that meet in a sum are added, those of concatenated parents stand side by side, a
     flattened channel repeats its value. The model's mode and buffers are left as they were.
     Raises ValueError for an unknown name or fewer than 2 images, FloatingPointError for activations that are NaN.
@@ -307,7 +315,7 @@ def connectivity(
     groups = {layer: _input_groups(graph, layer) for layer in layers} if kind.basis == "regression" else {}
     taps = dict.fromkeys(chain.from_iterable(pairs))
     moments: dict[int, Moments] = {}
-    reservoir = Reservoir(taps, samples, seed)
+    reservoir = Reservoir(taps, samples or kind.most, seed)
     count = 0
     for values, labels in stream(model, chain([first], iterator), graph, taps):
         count += len(labels)

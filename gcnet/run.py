@@ -32,7 +32,7 @@ _LONGEST_SOCKET_FOLDER = 95
 _DIED = "the kernel died (the system kills one that runs out of memory)"
 
 
-class NotebookFailed(RuntimeError):
+class NotebookError(RuntimeError):
     """A notebook did not run to its end; the message says in which cell, why, and where the partial one is kept."""
 
 
@@ -109,6 +109,8 @@ def status(study: str) -> list[tuple[str, str, str]]:
     for stage, before in stages().items():
         done = marker(study, stage)
         notebook = [] if stage == "sweep" else [root / "notebooks" / f"{stage}.ipynb"]
+        if notebook:
+            notebook.append(root / "params" / "claims.yaml")
         needs = [*notebook, root / "params" / f"{study}.yaml", *code, *(marker(study, name) for name in before)]
         again = [name for name in before if state[name] != "done"]
         if not done.exists():
@@ -154,7 +156,7 @@ def run_notebook(notebook: Path, study: Study) -> Path:
     The kernel is the running interpreter, in the project's folder. The executed notebook is renamed into place only
     when every code cell ran without error; then the stage is marked done, unless the parameters are not those of
     `params/<study>.yaml` (then it is marked as not done: the results on disk are of something else).
-    Raises ValueError when the notebook has no cell tagged `parameters`, NotebookFailed when it does not run to its end.
+    Raises ValueError when the notebook has no cell tagged `parameters`, NotebookError when it does not run to its end.
     """
     import nbformat
 
@@ -177,7 +179,7 @@ def run_notebook(notebook: Path, study: Study) -> Path:
             _write(partial if reason else target, _tidy(executed))
     if reason:
         where = f"; what it got to: {_short(partial)}" if partial.exists() else ""
-        raise NotebookFailed(f"{name}: {reason}{where}")
+        raise NotebookError(f"{name}: {reason}{where}")
     partial.unlink(missing_ok=True)
     if is_params_file(study):
         mark_done(study, name, started, notebook=f"notebooks/{name}.ipynb", notebook_sha256=digest)
@@ -238,7 +240,8 @@ def _write_kernelspec(scratch: Path) -> None:
     folder = scratch / "kernels" / KERNEL
     folder.mkdir(parents=True)
     spec = {
-        "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        # The kernel logs tracebacks of its own when it is told to stop; errors of cells are in the notebook.
+        "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=50"],
         "display_name": "Python 3 (ipykernel)",
         "language": "python",
         "env": env,

@@ -36,18 +36,18 @@ class Study(BaseModel):
     network: str = "vgg16_bn"
     width: float = Field(0.25, gt=0, description="channel multiplier")
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
-    epochs: int = Field(15, ge=1)
-    batch_size: int = Field(128, ge=2)
+    epochs: int = Field(20, ge=1)
+    batch_size: int = Field(64, ge=2)
     lr: float = Field(0.1, gt=0)
     schedule: Literal["one_cycle", "step"] = "one_cycle"
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(5e-4, ge=0)
     label_smoothing: float = Field(0.1, ge=0, lt=1)
-    crop_padding: int = Field(4, ge=0, description="random crop after zero-padding by this many pixels; 0 = none")
-    flip: bool = Field(True, description="random horizontal flip")
+    crop_padding: int = Field(2, ge=0, description="random crop after zero-padding by this many pixels; 0 = none")
+    flip: bool = Field(False, description="random horizontal flip")
 
     # GC-Net
-    pruners: tuple[str, ...] = ("l1", "l1_layer", "os_synflow")
+    pruners: tuple[str, ...] = ("l1", "os_synflow")
     sparsities: tuple[float, ...] = (0.8, 0.95)
     guidance: dict[str, tuple[str, ...]] = Field(
         {"pearson": ("Full", "FH", "BH", "B25"), "partial": ("Full", "BH", "B25")},
@@ -59,8 +59,9 @@ class Study(BaseModel):
     residual: Literal["all", "nearest"] = "all"
     connectivity_images: int = Field(0, ge=0, description="training images that connectivity is measured on; 0 = all")
     ghost_batchnorm: Literal["identity", "original"] = "identity"
-    finetune_epochs: int = Field(1, ge=0)
+    finetune_epochs: int = Field(3, ge=0)
     finetune_lr: float = Field(0.02, gt=0)
+    flops_pruner: str = Field("os_synflow", description="the base pruner of Figure 4")
     flops_similarities: tuple[str, ...] = Field(
         ("pearson", "spearman", "cosine", "distance", "hsic", "mutual_information", "partial"),
         description="similarity metrics compared in Figure 4 (masks only, no fine-tuning)",
@@ -70,7 +71,7 @@ class Study(BaseModel):
     shifts: tuple[str, ...] = Field(("all",), description="corruption names, or 'all'")
     severities: tuple[int, ...] = (1, 2, 3, 4, 5)
     severity_table: Literal["cifar-c", "imagenet-c"] = "cifar-c"
-    shift_images: int = Field(2000, ge=0, description="test images that are corrupted, class-balanced; 0 = all")
+    shift_images: int = Field(200, ge=0, description="test images that are corrupted, class-balanced; 0 = all")
 
     # machine
     device: str = "auto"
@@ -106,7 +107,7 @@ class Study(BaseModel):
             check("data set", [self.dataset], data.DATASETS)
         if not self.network.startswith("torchvision:"):
             check("network", [self.network], networks.NETWORKS)
-        check("pruner", self.pruners, pruning.PRUNERS)
+        check("pruner", [*self.pruners, self.flops_pruner], pruning.PRUNERS)
         check("similarity", [*self.guidance, *self.flops_similarities], connectivity.SIMILARITIES)
         for hybrids in self.guidance.values():
             check("hybrid", hybrids, [h for h in hybrid.HYBRIDS if h != "direct"])
@@ -151,6 +152,11 @@ class Study(BaseModel):
                 else:
                     lines.append(f"{name}: {item['msg'].removeprefix('Value error, ')}".removeprefix(": "))
             raise ValueError("; ".join(lines)) from None
+
+    @classmethod
+    def from_notebook(cls, variables: dict[str, Any]) -> Study:
+        """The study that a notebook's parameters cell (and papermill's injected one) spells out: pass `globals()`."""
+        return cls.create(**{name: variables[name] for name in cls.model_fields})
 
     def only(self, *names: str) -> dict[str, Any]:
         """The named parameters as plain JSON values: what goes into a store key."""

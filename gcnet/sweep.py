@@ -12,7 +12,17 @@ from typing import Any
 
 import torch
 
-from gcnet.cells import Cell, cell_folder, cells, connectivity_matrices, corrupted_images, dense_folder, shift_rows
+from gcnet.cells import (
+    Cell,
+    cell_folder,
+    cells,
+    connectivity_matrices,
+    corrupted_images,
+    dense_folder,
+    drift_rows,
+    flops_rows,
+    shift_rows,
+)
 from gcnet.study import Study
 
 log = logging.getLogger("gcnet")
@@ -33,6 +43,16 @@ def run_corruption(study: Study, name: str) -> str:
     for severity in study.severities:
         corrupted_images(study, name, severity)
     return f"corruption {name}"
+
+
+def run_flops(study: Study, of: tuple[int, str]) -> str:
+    flops_rows(study, *of)
+    return f"multiply-accumulates seed {of[0]} {of[1]}"
+
+
+def run_drift(study: Study, seed: int) -> str:
+    drift_rows(study, seed)
+    return f"connectivity under shift, seed {seed}"
 
 
 def run_cell(study: Study, cell: Cell) -> str:
@@ -56,6 +76,9 @@ def sweep(study: Study, executor: Executor) -> list[dict[str, Any]]:
     """
     failures = _stage([(run_dense, study, seed) for seed in study.seeds], executor, "dense")
     failures += _stage([(run_corruption, study, name) for name in study.corruptions], executor, "corruptions")
+    by_metric = [(seed, s) for seed in study.seeds for s in ("none", *study.flops_similarities)]
+    failures += _stage([(run_flops, study, of) for of in by_metric], executor, "multiply-accumulates")
+    failures += _stage([(run_drift, study, seed) for seed in study.seeds], executor, "drift")
     failures += _stage([(run_cell, study, cell) for cell in cells(study)], executor, "cells")
     return failures
 
@@ -74,7 +97,8 @@ def _stage(tasks: list[Task], executor: Executor, name: str) -> list[dict[str, A
                 done += 1
                 spent = time.perf_counter() - started
                 left = spent / done * (len(tasks) - done)
-                log.info("%s %d/%d, %.0f s, about %.0f s left: %s", name, done, len(tasks), spent, left, future.result())
+                text = "%s %d/%d, %.0f s, about %.0f s left: %s"
+                log.info(text, name, done, len(tasks), spent, left, future.result())
             elif attempt == 1:
                 log.warning("%s: %s failed (%s), trying once more", name, task[2], error)
                 pending[executor.submit(*task)] = (task, 2)

@@ -1,0 +1,129 @@
+# Runs the chain of notebooks on a study. GNU make >= 3.81.
+
+## STUDY=digits       the study: a file in params/
+## PYTHON=/path       an existing environment; none is built then
+## JOBS=2             worker processes of the sweep (default: one a core)
+STUDY ?= digits
+JOBS ?=
+
+# `make lock` holds this pair: torch and torchvision of different builds fail at import.
+PAIR := torch==2.14.1 torchvision==0.29.2
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SUFFIXES:
+.PHONY: help env existing reproduce sweep status test test-slow lint bench lab clean clean-cache lock
+
+RUNS := $(if $(GCNET_RUNS),$(GCNET_RUNS),runs)
+DONE := $(RUNS)/done/$(STUDY)
+CODE := $(wildcard gcnet/*.py)
+NOTEBOOKS := $(sort $(basename $(notdir $(wildcard notebooks/[0-9][0-9]_*.ipynb))))
+
+RECENT := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+FIND_PYTHON := for python in python3 python3.13 python3.12 python3.11; do \
+	$$python $(RECENT) 2> /dev/null && echo $$python && break; done
+IMPORTABLE := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"
+
+ifdef PYTHON
+PY := $(PYTHON)
+ENV := existing
+else
+PY := .venv/bin/python
+ENV := .venv/installed
+endif
+
+# Said while the file is read, before anything is installed or run.
+ifneq ($(filter reproduce sweep status clean,$(MAKECMDGOALS)),)
+STUDIES := $(sort $(basename $(notdir $(shell grep -l '^study:' params/*.yaml))))
+ifeq ($(filter $(STUDY),$(STUDIES)),)
+NEAREST := $(shell python3 -c 'import sys, difflib; name, *known = sys.argv[1:]; \
+	print(*([k for k in known if k.startswith(name)] or difflib.get_close_matches(name, known, 1, 0.3))[:1])' \
+	'$(STUDY)' $(STUDIES) 2> /dev/null)
+$(error unknown study '$(STUDY)';$(if $(NEAREST), did you mean '$(NEAREST)'?) known: $(STUDIES))
+endif
+endif
+
+help:
+	@echo "Ghost Connect-Net and its peers. Targets:"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@echo "Variables, as in make reproduce STUDY=smoke:"
+	@sed -n 's/^## /  /p' Makefile
+
+# --- environment ----------------------------------------------------------------------------------------------------
+
+env: $(ENV)  ## build .venv from requirements.lock (about 6 GB)
+	@$(PY) -c 'import sys; print("environment:", sys.prefix)'
+
+.venv/installed: requirements.lock pyproject.toml
+	@python=$$($(FIND_PYTHON)); \
+	if [ -z "$$python" ]; then \
+		echo "python >= 3.11 is needed to build .venv, found: $$(python3 --version 2>&1); or give an environment:" \
+			"make ... PYTHON=/path/to/python" >&2; exit 1; fi; \
+	echo "building .venv from requirements.lock: about 6 GB, a minute or more"; \
+	$$python -m venv .venv
+	@.venv/bin/python -m pip install -qq --disable-pip-version-check --requirement requirements.lock
+	@.venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+existing:
+	@$(PY) $(RECENT) || { echo "PYTHON=$(PY) does not run or is older than python 3.11" >&2; exit 1; }
+
+# --- the chain: a stage is done when its marker is newer than all it was made from ----------------------------------
+
+reproduce: $(NOTEBOOKS:%=$(DONE)/%.json)  ## run a study: every notebook that is not done yet, in order
+	@echo "study $(STUDY): done, see results/$(STUDY)/"
+
+sweep: $(DONE)/sweep.json  ## only compute the study's cells, on all cores (reproduce does it first)
+
+$(DONE)/sweep.json: params/$(STUDY).yaml $(CODE) | $(ENV)
+	@$(PY) -m gcnet sweep --study $(STUDY) $(if $(JOBS),--jobs $(JOBS))
+
+$(DONE)/%.json: notebooks/%.ipynb params/$(STUDY).yaml $(wildcard params/claims.yaml) $(CODE) | $(ENV)
+	@$(PY) -m gcnet run $< --study $(STUDY)
+
+# Every notebook after the one before it; the quick start needs nothing of a study.
+before := sweep
+$(foreach name,$(filter-out 00_%,$(NOTEBOOKS)),\
+	$(eval $(DONE)/$(name).json: $(DONE)/$(before).json)$(eval before := $(name)))
+
+status:  ## which stages of the study are done or stale, and why
+	@python=$$(command -v "$(PY)" || { $(FIND_PYTHON); }); $$python -m gcnet status --study $(STUDY)
+
+# --- development ----------------------------------------------------------------------------------------------------
+
+test: | $(ENV)  ## run the tests, but the slow ones
+	@$(IMPORTABLE) OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m "not slow"
+
+test-slow: | $(ENV)  ## run the slow tests
+	@$(IMPORTABLE) $(PY) -m pytest -q -m slow
+
+lint: | $(ENV)  ## check the style of code and notebooks
+	@$(PY) -m ruff check .
+
+bench: | $(ENV)  ## measure speed against peers, into results/benchmarks/
+	@$(PY) -m benchmarks
+
+lab: | $(ENV)  ## open the notebooks in JupyterLab
+	@$(IMPORTABLE) $(PY) -m jupyterlab notebooks/00_quickstart.ipynb
+
+clean:  ## remove the study's results and python's caches; what was computed stays, and draws them again
+	rm -rf "results/$(STUDY)" "$(DONE)"
+	rm -rf .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	@echo "kept: data/, .venv/ and all that was computed in $(RUNS)/; git restores results that were committed"
+
+clean-cache:  ## remove all that was computed, of every study; asks for YES=1
+ifeq ($(YES),1)
+	rm -rf "$(RUNS)"
+else
+	@du -sh "$(RUNS)" 2> /dev/null || echo "nothing in $(RUNS)"
+	@echo "this can be days of computing; to remove it: make clean-cache YES=1"
+endif
+
+lock:  ## resolve requirements.lock anew from pyproject.toml
+	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && python=$$($(FIND_PYTHON)) \
+	&& $$python -m venv "$$scratch/uv" && "$$scratch/uv/bin/python" -m pip install --quiet uv \
+	&& printf '%s\n' $(PAIR) > "$$scratch/pair.txt" \
+	&& "$$scratch/uv/bin/uv" pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade \
+		--constraint "$$scratch/pair.txt" --no-emit-index-url --no-emit-find-links --no-annotate --quiet \
+		--cache-dir "$$scratch/cache" --custom-compile-command "make lock" --output-file requirements.lock
