@@ -1,17 +1,14 @@
-"""Figures in one style, tables as CSV, Markdown and LaTeX, and beside each what it was made from."""
+"""Figures and tables as files (SVG and PNG; CSV, Markdown and LaTeX), each with what it was made from; the claims."""
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import yaml
 from matplotlib.figure import Figure
 
@@ -22,48 +19,6 @@ from gcnet.store import atomic_write, provenance, used_code, write_json
 from gcnet.study import Study
 
 _STARTED = time.perf_counter()
-
-# Okabe and Ito's colours, told apart by colour-blind readers; hybrids also differ in marker and line.
-COLORS = {
-    "none": "#000000",
-    "direct": "#595959",
-    "Full": "#D55E00",
-    "FH": "#E69F00",
-    "BH": "#56B4E9",
-    "B25": "#0072B2",
-}
-MARKERS = {"none": "*", "direct": "s", "Full": "v", "FH": "<", "BH": ">", "B25": "o"}
-PRUNER_NAMES = {
-    "random": "random",
-    "l1": "L1, global",
-    "l1_layer": "L1, layer-wise",
-    "lamp": "LAMP",
-    "os_synflow": "OS-SynFlow",
-    "synflow": "SynFlow-100",
-}
-
-
-def style() -> None:
-    """The one style of all figures: call it once in a notebook."""
-    sns.set_theme(context="notebook", style="ticks", palette="colorblind")
-    plt.rcParams.update(
-        {
-            "figure.dpi": 110,
-            "savefig.dpi": 200,
-            "savefig.bbox": "tight",
-            "figure.constrained_layout.use": True,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.titlesize": "medium",
-            "axes.titleweight": "bold",
-            "axes.titlelocation": "left",
-            "font.size": 10,
-            "legend.frameon": False,
-            "svg.hashsalt": "gcnet",  # the same bytes on a re-run
-            "svg.fonttype": "none",
-        }
-    )
-
 
 # --- files with their provenance ------------------------------------------------------------------------------------
 
@@ -286,29 +241,3 @@ def _claim_row(claim: dict[str, Any], test: dict[str, Any], sparsity: float, int
         "verdict": verdict(interval, margin=test.get("margin", 0.0)),
         "sparsity": sparsity,
     }
-
-
-def forest_plot(claims: pd.DataFrame, axis: plt.Axes) -> None:
-    """Every comparison as an interval in points, coloured and marked by its verdict, the zero line drawn."""
-    look = {"supported": ("#009E73", "o"), "contradicted": ("#D55E00", "X"), "inconclusive": ("#7F7F7F", "D")}
-    height = np.arange(len(claims))[::-1]
-    limit = 100 * np.nanmax(np.abs(claims.estimate)) * 1.3 + 1
-    seen = set()
-    for y, row in zip(height, claims.itertuples(), strict=True):
-        word = row.verdict.split(" ")[0]
-        color, marker = look[word]
-        low, high = np.clip([100 * row.ci_low, 100 * row.ci_high], -limit * 2, limit * 2)
-        axis.plot([low, high], [y, y], color=color, lw=2)
-        axis.plot(100 * row.estimate, y, marker, color=color, ms=7, label=None if word in seen else word)
-        seen.add(word)
-    axis.axvline(0, color="black", lw=0.8)
-    axis.set_yticks(height, [f"{r.measure.split(': ')[1]}  ({r.sparsity:.0%})" for r in claims.itertuples()])
-    axis.set_xlabel("difference in points, with 95 % interval")
-    axis.legend(loc="best")
-
-
-@contextlib.contextmanager
-def subplots(rows: int, columns: int, *, cell: tuple[float, float] = (3.0, 2.4), **options: Any) -> Iterator[Any]:
-    """A grid of axes sized by its cells; options go to matplotlib's subplots."""
-    figure, axes = plt.subplots(rows, columns, figsize=(cell[0] * columns, cell[1] * rows), squeeze=False, **options)
-    yield figure, axes

@@ -7,10 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 
 from gcnet import run
@@ -68,8 +71,8 @@ def test_cells_see_the_parameters_this_interpreter_and_the_project(project: Path
     source = write_notebook(
         project,
         "00_ok",
-        "import os, sys\nimport gcnet\nprint(sys.executable == %r, os.getcwd() == %r)" % (sys.executable, str(project)),
-        "print(gcnet.__file__ == %r)" % run.__file__.replace("run.py", "__init__.py"),
+        f"import os, sys\nprint(sys.executable == {sys.executable!r}, os.getcwd() == {str(project)!r})",
+        f"from gcnet import run\nprint(run.__file__ == {run.__file__!r})",
         "print(study, width, lr, flip, tap, guidance)",
     )
     before = time.time()
@@ -87,9 +90,8 @@ def test_cells_see_the_parameters_this_interpreter_and_the_project(project: Path
 
 
 def test_two_runs_of_the_same_leave_the_same_bytes_and_no_path_of_this_machine(project: Path) -> None:
-    source = write_notebook(
-        project, "00_ok", "import warnings\nwarnings.warn('careful')", "from pathlib import Path\nprint(Path.cwd() / 'x')"
-    )
+    cells = ["import warnings\nwarnings.warn('careful')", "from pathlib import Path\nprint(Path.cwd() / 'x')"]
+    source = write_notebook(project, "00_ok", *cells)
     first = run.run_notebook(source, Study.load("tiny")).read_bytes()
     assert run.run_notebook(source, Study.load("tiny")).read_bytes() == first
     assert b"careful" in first
@@ -107,23 +109,21 @@ def test_overrides_are_typed_and_do_not_mark_the_study_done(project: Path) -> No
 
 
 def test_an_override_unmarks_what_an_earlier_run_marked(project: Path) -> None:
-    marked = run.marker("tiny", "00_ok")
-    source = write_notebook(project, "00_ok", "print(marked)", parameters=f"study, marked = '', {str(marked)!r}")
-    study = Study.load("tiny")
+    source, study = write_notebook(project, "00_ok", "print(width)"), Study.load("tiny")
     run.mark_done(study, "00_ok", time.time())
-    assert marked.exists()
-    run.run_notebook(source, study.model_copy(update={"width": 0.5}))
-    assert not marked.exists()
+    assert run.marker("tiny", "00_ok").exists()
+    run.run_notebook(source, Study.load("tiny", width=0.5))
+    assert not run.marker("tiny", "00_ok").exists()
 
 
 def test_the_marker_comes_last(project: Path) -> None:
-    # the notebook itself looks: while it runs there is no marker, not even one of an earlier run, and no result
-    look = f"from pathlib import Path\nprint(*(Path(p).exists() for p in {[str(run.marker('tiny', '00_ok')), 'r']!r}))"
-    source = write_notebook(project, "00_ok", look)
+    # the notebook itself looks: while it runs there is no marker, not even that of an earlier run
+    marker = run.marker("tiny", "00_ok")
+    source = write_notebook(project, "00_ok", f"from pathlib import Path\nprint(Path({str(marker)!r}).exists())")
     for _ in range(2):
-        target = run.run_notebook(source, Study.load("tiny"))
-        assert printed(target) == ["False False"]
-        assert run.marker("tiny", "00_ok").exists()
+        assert printed(run.run_notebook(source, Study.load("tiny"))) == ["False"]
+        assert marker.exists()
+        assert marker.stat().st_ctime_ns >= executed(project, "00_ok").stat().st_ctime_ns
 
 
 # --- a notebook that does not ---
@@ -186,20 +186,24 @@ def test_a_notebook_that_stopped_between_cells_is_unfinished() -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=["terminated", "killed"])
-def test_stopping_the_launcher_stops_the_kernel_and_leaves_nothing_half_done(project: Path, how: signal.Signals) -> None:
-    write_notebook(project, "00_long", "import os\nopen('pid', 'w').write(str(os.getpid()))", "import time\ntime.sleep(99)")
+def test_a_stopped_launcher_stops_its_kernel_and_marks_nothing(project: Path, how: signal.Signals) -> None:
+    cells = ["import os, time\nopen('pid', 'w').write(str(os.getpid()))", "time.sleep(99)"]
+    write_notebook(project, "00_long", *cells)
     command = [sys.executable, "-m", "gcnet", "run", "notebooks/00_long.ipynb", "--study", "tiny"]
-    launcher = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
-    assert within(60, lambda: (project / "pid").exists() and (project / "pid").read_text())
-    launcher.send_signal(how)
-    assert launcher.wait(30) == (128 + how if how == signal.SIGTERM else -how)
-    kernel = int((project / "pid").read_text())
-    assert within(30, lambda: not running(kernel))
+    with tempfile.TemporaryDirectory() as scratch:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": scratch}
+        launcher = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        assert within(60, lambda: (project / "pid").exists() and (project / "pid").read_text())
+        launcher.send_signal(how)
+        assert launcher.wait(30) == (128 + how if how == signal.SIGTERM else -how)
+        kernel = int((project / "pid").read_text())
+        assert within(30, lambda: not running(kernel))
+        assert bool(list(Path(scratch).iterdir())) == (how == signal.SIGKILL)
     assert_nothing_is_marked(project, "00_long")
     assert not (project / "results").exists()
 
 
-def within(seconds: float, condition) -> bool:
+def within(seconds: float, condition: Callable[[], object]) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():
@@ -210,8 +214,10 @@ def within(seconds: float, condition) -> bool:
 
 def running(pid: int) -> bool:
     """Whether a process runs; a zombie, which nobody has waited for yet, does not."""
-    status = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
-    return bool(status) and not status.startswith("Z")
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 # --- what is wrong before anything starts: exit code 2 and one line ---

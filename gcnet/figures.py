@@ -1,0 +1,447 @@
+"""The figures of the notebooks: data in, a matplotlib figure out. Each can stand alone in a talk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from torch import Tensor
+
+from gcnet.evaluation import bootstrap
+from gcnet.shifts import FAMILIES
+
+# Okabe and Ito's colours, told apart by colour-blind readers; hybrids also differ in marker.
+COLORS = {"none": "#000000", "direct": "#595959", "Full": "#D55E00", "FH": "#E69F00", "BH": "#56B4E9", "B25": "#0072B2"}
+MARKERS = {"none": "*", "direct": "s", "Full": "v", "FH": "<", "BH": ">", "B25": "o"}
+DIRECT_COLOR, GUIDED_COLOR = "#E8C547", "#3B6FB6"
+PRUNERS = {
+    "none": "dense",
+    "random": "random",
+    "l1": "L1, global",
+    "l1_layer": "L1, layer-wise",
+    "lamp": "LAMP",
+    "os_synflow": "OS-SynFlow",
+    "synflow": "SynFlow-100",
+}
+SIMILARITIES = {
+    "pearson": "Pearson",
+    "spearman": "Spearman",
+    "cosine": "cosine",
+    "distance": "distance corr.",
+    "hsic": "HSIC (RBF)",
+    "mutual_information": "mutual inf.",
+    "partial": "partial corr.",
+    "none": "direct",
+}
+
+
+def style() -> None:
+    """The one style of all figures: call it once in a notebook."""
+    sns.set_theme(context="notebook", style="ticks", palette="colorblind", font_scale=0.85)
+    plt.rcParams.update(
+        {
+            "figure.dpi": 110,
+            "savefig.dpi": 200,
+            "savefig.bbox": "tight",
+            "figure.constrained_layout.use": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": "medium",
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "legend.frameon": False,
+            "svg.hashsalt": "gcnet",  # the same bytes on a re-run
+            "svg.fonttype": "path",
+        }
+    )
+
+
+def method(hybrid: str, similarity: str) -> str:
+    """How a hybrid is called in a legend: 'B25', 'B25 partial', 'direct', 'dense'."""
+    if hybrid == "none":
+        return "dense"
+    return hybrid if similarity in ("none", "pearson") else f"{hybrid} {similarity}"
+
+
+def with_methods(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with a column `method`, in the order dense, direct, Full, FH, BH, B25, then other similarities."""
+    names = [method(h, s) for h, s in zip(rows.hybrid, rows.similarity, strict=True)]
+    order = ["dense", "direct", *[h for h in COLORS if h not in ("none", "direct")]]
+    order += sorted({n for n in names if n not in order}, key=lambda n: order.index(n.split(" ")[0]))
+    kinds = [n for n in order if n in set(names)]
+    return rows.assign(method=pd.Categorical(names, kinds, ordered=True))
+
+
+def _look(name: str) -> dict[str, Any]:
+    base = "none" if name == "dense" else name.split(" ")[0]
+    hollow = {"markerfacecolor": "white"} if " " in name else {}
+    return {"color": COLORS[base], "marker": MARKERS[base], **hollow}
+
+
+def _grid(count: int, columns: int, cell: tuple[float, float], **options: Any) -> tuple[Figure, list[Axes]]:
+    columns = max(1, min(columns, count))
+    rows = -(-count // columns)
+    size = (cell[0] * columns, cell[1] * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **options)
+    flat = list(axes.flat)
+    for unused in flat[count:]:
+        unused.set_visible(False)
+    return figure, flat[:count]
+
+
+def _short(layers: Sequence[str]) -> list[str]:
+    return [str(number) for number in range(1, len(layers) + 1)]
+
+
+# --- 01 activations -------------------------------------------------------------------------------------------------
+
+
+def training_curves(histories: Mapping[int, list[dict[str, float]]], test_accuracy: Mapping[int, float]) -> Figure:
+    """Accuracy on the (augmented) training images by epoch, one line a seed, and the test accuracy at the end."""
+    figure, axis = plt.subplots(figsize=(5, 3))
+    for number, (seed, history) in enumerate(histories.items()):
+        color = sns.color_palette("colorblind")[number % 10]
+        axis.plot([r["epoch"] for r in history], [100 * r["accuracy"] for r in history], color=color, label=f"seed {seed}")
+        axis.plot(history[-1]["epoch"], 100 * test_accuracy[seed], "*", color=color, ms=11, clip_on=False)
+    axis.set(xlabel="epoch", ylabel="accuracy, %", title="Training (line) and final test accuracy (star)")
+    axis.legend()
+    return figure
+
+
+def activation_spread(activations: Mapping[str, Tensor]) -> Figure:
+    """Per layer, how much its filters vary over images: every filter a point, dead filters (no variation) counted."""
+    figure, axis = plt.subplots(figsize=(max(5, 0.42 * len(activations)), 3))
+    rng = np.random.default_rng(0)
+    dead = []
+    for number, values in enumerate(activations.values(), 1):
+        spread = values.std(0).cpu().numpy()
+        alive = spread[spread > 1e-7]
+        dead.append(len(spread) - len(alive))
+        axis.plot(number + rng.uniform(-0.25, 0.25, len(alive)), alive, ".", color=COLORS["B25"], alpha=0.35, ms=4)
+        axis.plot([number - 0.3, number + 0.3], [np.median(alive)] * 2 if len(alive) else [np.nan] * 2, color="black")
+    axis.set_yscale("log")
+    for number, count in enumerate(dead, 1):
+        if count:
+            axis.annotate(f"{count} dead", (number, 0), xycoords=("data", "axes fraction"), ha="center", fontsize=8)
+    axis.set_xticks(range(1, len(dead) + 1), _short(list(activations)))
+    axis.set(xlabel="layer, in execution order", ylabel="standard deviation over images")
+    axis.set_title(f"How much filters vary over images ({len(next(iter(activations.values())))} images; bar: median)")
+    return figure
+
+
+def activation_histograms(activations: Mapping[str, Tensor], columns: int = 5) -> Figure:
+    """Histogram per layer of the standardised filter scalars, over all filters and images."""
+    figure, axes = _grid(len(activations), columns, (2.1, 1.5), sharex=True)
+    for number, (axis, values) in enumerate(zip(axes, activations.values(), strict=True), 1):
+        scaled = ((values - values.mean(0)) / values.std(0).clamp_min(1e-7)).flatten().cpu().numpy()
+        axis.hist(scaled, bins=np.linspace(-4, 4, 49), density=True, color=COLORS["B25"], alpha=0.8)
+        axis.set_title(f"layer {number}", fontsize=9)
+        axis.set_yticks([])
+    figure.supxlabel("filter activation, standardised per filter", fontsize=10)
+    return figure
+
+
+def class_heat_maps(activations: Mapping[str, Tensor], labels: Tensor, classes: Sequence[str], layers: int = 4) -> Figure:
+    """Mean standardised activation of each filter for each class, for layers spread over the depth."""
+    names = list(activations)
+    chosen = [names[i] for i in np.unique(np.linspace(0, len(names) - 1, layers).round().astype(int))]
+    figure, axes = _grid(len(chosen), 2, (4.6, 2.1 if len(classes) <= 12 else 3))
+    for axis, name in zip(axes, chosen, strict=True):
+        values = activations[name]
+        scaled = (values - values.mean(0)) / values.std(0).clamp_min(1e-7)
+        means = np.stack([scaled[labels == k].mean(0).cpu().numpy() for k in labels.unique().tolist()])
+        means = means[:, np.argsort(means.argmax(0) - 0.01 * means.max(0))]
+        few = [classes[k] for k in labels.unique().tolist()] if len(classes) <= 12 else False
+        sns.heatmap(means, ax=axis, cmap="vlag", center=0, vmin=-2, vmax=2, yticklabels=few, xticklabels=False,
+                    cbar_kws={"label": "z-score"})  # fmt: skip
+        axis.set_title(f"layer {names.index(name) + 1}: {values.shape[1]} filters", fontsize=9)
+        axis.tick_params(axis="y", labelsize=7)
+    return figure
+
+
+# --- 02 connectivity ------------------------------------------------------------------------------------------------
+
+
+def matrices(connectivity: Mapping[str, Tensor], numbers: Mapping[str, int], columns: int = 5) -> Figure:
+    """Every layer's connectivity matrix: child filters down, input channels across."""
+    figure, axes = _grid(len(connectivity), columns, (2.1, 1.9))
+    for axis, (name, matrix) in zip(axes, connectivity.items(), strict=True):
+        image = axis.imshow(matrix.cpu(), cmap="vlag", vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
+        axis.set_title(f"layer {numbers[name]}", fontsize=9)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    figure.supxlabel("input channel (filter of the parent)", fontsize=10)
+    figure.supylabel("filter", fontsize=10)
+    figure.colorbar(image, ax=axes, shrink=0.5, label="connectivity")
+    return figure
+
+
+def strength_by_layer(table: pd.DataFrame, numbers: Mapping[str, int]) -> Figure:
+    """Mean |connectivity| per layer with the 5-95 % range of the entries, one panel a similarity metric."""
+    names = [s for s in SIMILARITIES if s in set(table.similarity)]
+    figure, axes = _grid(len(names), 4, (2.7, 2.0), sharex=True)
+    for axis, name in zip(axes, names, strict=True):
+        part = table[table.similarity == name].groupby("layer", sort=False)[["mean_abs", "p05", "p95"]].mean()
+        x = [numbers[layer] for layer in part.index]
+        axis.fill_between(x, part.p05, part.p95, color=COLORS["BH"], alpha=0.35, lw=0, label="5-95 % of entries")
+        axis.plot(x, part.mean_abs, "o-", color=COLORS["B25"], ms=4, label="mean |value|")
+        axis.axhline(0, color="black", lw=0.6)
+        axis.set_title(SIMILARITIES[name], fontsize=9)
+    axes[0].legend(fontsize=7)
+    figure.supxlabel("layer, in execution order", fontsize=10)
+    figure.supylabel("connectivity", fontsize=10)
+    return figure
+
+
+def residual_join(parts: Mapping[str, Tensor], total: Tensor, child: str) -> Figure:
+    """The matrices of the parents that meet in one layer, and their sum: what the ghost loads as its weights."""
+    figure, axes = _grid(len(parts) + 1, 5, (2.3, 2.3))
+    limit = max(1.0, float(total.abs().max()))
+    for axis, (name, matrix) in zip(axes, [*parts.items(), ("sum", total)], strict=True):
+        image = axis.imshow(matrix.cpu(), cmap="vlag", vmin=-limit, vmax=limit, interpolation="nearest", aspect="auto")
+        axis.set_title(f"= sum, loaded into\n{child}" if name == "sum" else f"from {name}", fontsize=8)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    figure.supxlabel("input channel", fontsize=10)
+    figure.supylabel(f"filter of {child}", fontsize=9)
+    figure.colorbar(image, ax=axes, shrink=0.7, label="connectivity")
+    return figure
+
+
+def drift(table: pd.DataFrame, numbers: Mapping[str, int]) -> Figure:
+    """How far connectivity moves under each family of shifts: relative distance and rank correlation by layer."""
+    rows = table.assign(family=table["shift"].map(FAMILIES), number=table.layer.map(numbers))
+    figure, axes = plt.subplots(1, 2, figsize=(8.2, 3), sharex=True)
+    for axis, (column, label) in zip(
+        axes, (("distance", "relative Frobenius distance"), ("rank_correlation", "rank correlation")), strict=True
+    ):
+        sns.lineplot(rows, x="number", y=column, hue="family", style="family", markers=True, errorbar=("pi", 100),
+                     err_kws={"alpha": 0.12}, ax=axis, legend=axis is axes[0])  # fmt: skip
+        axis.set(xlabel="layer, in execution order", ylabel=label)
+    axes[0].legend(title=None, fontsize=8)
+    axes[0].set_title(f"Connectivity on shifted against clean images (severity {rows.severity.iloc[0]}; band: range)")
+    return figure
+
+
+# --- 03 ghost pruning -----------------------------------------------------------------------------------------------
+
+
+def overview(parent: Tensor, child: Tensor, matrix: Tensor, ghost_mask: Tensor, weight: Tensor, title: str) -> Figure:
+    """The pipeline on one real layer: activations, connectivity, ghost, its mask, the mask on the original."""
+    figure, axes = plt.subplots(1, 5, figsize=(11, 2.7), gridspec_kw={"width_ratios": [1.2, 1, 1, 1, 1]})
+    both = [(a - a.mean(0)) / a.std(0).clamp_min(1e-7) for a in (parent[:40], child[:40])]
+    gap = np.full((len(both[0]), 3), np.nan)
+    stacked = np.hstack([both[0].cpu(), gap, both[1].cpu()])
+    axes[0].imshow(stacked, cmap="vlag", vmin=-2.5, vmax=2.5, aspect="auto", interpolation="nearest")
+    axes[0].set_title("1 activations\nparent | child", fontsize=9)
+    axes[0].set(xlabel="filters", ylabel="images")
+    limit = float(matrix.abs().max())
+    axes[1].imshow(matrix.cpu(), cmap="vlag", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+    axes[1].set_title("2 connectivity\n(correlation)", fontsize=9)
+    kernels = matrix.abs().cpu().numpy().repeat(1, 0)
+    axes[2].imshow(kernels, cmap="Blues", aspect="auto", interpolation="nearest")
+    axes[2].set_title("3 ghost weights\n|value|, per kernel", fontsize=9)
+    kept = ghost_mask.float().flatten(2).mean(2).cpu() if ghost_mask.ndim > 2 else ghost_mask.float().cpu()
+    axes[3].imshow(kept, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    axes[3].set_title("4 pruned ghost\nshare of kernel kept", fontsize=9)
+    left = (weight * ghost_mask).abs()
+    left = (left.flatten(2).mean(2) if left.ndim > 2 else left).cpu()
+    axes[4].imshow(left, cmap="Oranges", aspect="auto", interpolation="nearest")
+    axes[4].set_title("5 mapped back\n|original weight| left", fontsize=9)
+    for axis in axes[1:]:
+        axis.set(xlabel="input channel")
+    axes[1].set_ylabel("filter")
+    for axis in axes:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left", fontweight="bold")
+    return figure
+
+
+def layer_sparsity(layers: pd.DataFrame, sparsity: float, similarity: str) -> Figure:
+    """Where each base pruner cuts, on the original and on the ghost: share kept per layer, band over seeds."""
+    rows = layers[(layers.sparsity == sparsity) & layers.hybrid.isin(["direct", "Full"])]
+    rows = rows[rows.similarity.isin(["none", similarity])].assign(share=100 * rows.kept / rows.weights)
+    rows = rows.assign(number=rows.layer.map({name: k for k, name in enumerate(dict.fromkeys(rows.layer), 1)}))
+    pruners = list(dict.fromkeys(rows.pruner))
+    figure, axes = _grid(len(pruners), 3, (3.3, 2.6), sharey=True)
+    for axis, pruner in zip(axes, pruners, strict=True):
+        for hybrid, name in (("direct", "on the original"), ("Full", "on the ghost")):
+            part = rows[(rows.pruner == pruner) & (rows.hybrid == hybrid)].groupby("number").share
+            axis.plot(part.mean().index, part.mean(), label=name, ms=4, **_look(hybrid))
+            axis.fill_between(part.mean().index, part.min(), part.max(), color=COLORS[hybrid], alpha=0.2, lw=0)
+        axis.axhline(100 * (1 - sparsity), color="black", lw=0.6, ls=":")
+        axis.set_title(PRUNERS[pruner])
+        axis.set_xlabel("layer, in execution order")
+    axes[0].set_ylabel(f"weights kept, % ({100 * sparsity:g} % removed in all)")
+    axes[-1].legend(fontsize=8)
+    return figure
+
+
+# --- 04 hybrids -----------------------------------------------------------------------------------------------------
+
+
+def hybrid_maps(plans: Mapping[str, Mapping[str, str]], kept: Mapping[str, Mapping[str, float]], title: str) -> Figure:
+    """Which layers each hybrid guides (colour) and how much of each layer it keeps (filled height)."""
+    layers = list(next(iter(plans.values())))
+    figure, axis = plt.subplots(figsize=(max(6, 0.5 * len(layers) + 1.5), 0.62 * len(plans) + 1.2))
+    for row, (hybrid, plan) in enumerate(plans.items()):
+        for column, layer in enumerate(layers):
+            color = GUIDED_COLOR if plan[layer] == "guided" else DIRECT_COLOR
+            axis.add_patch(Rectangle((column, -row), 0.86, 0.8, facecolor=color, alpha=0.28, lw=0))
+            axis.add_patch(Rectangle((column, -row), 0.86, 0.8 * kept[hybrid][layer], facecolor=color, lw=0))
+    axis.set(xlim=(-0.1, len(layers)), ylim=(-len(plans) + 0.9, 0.95))
+    axis.set_yticks([0.4 - row for row in range(len(plans))], list(plans))
+    axis.set_xticks([column + 0.43 for column in range(len(layers))], _short(layers))
+    axis.tick_params(length=0)
+    sns.despine(ax=axis, left=True, bottom=True)
+    axis.set_xlabel("weighted layer, in execution order")
+    axis.set_title(title)
+    handles = [Patch(color=DIRECT_COLOR, label="pruned directly"), Patch(color=GUIDED_COLOR, label="guided by the ghost"),
+               Patch(color="lightgrey", label="filled height: share kept")]  # fmt: skip
+    axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, -0.22 - 0.1 / len(plans)), ncols=3, fontsize=8)
+    return figure
+
+
+def accuracy_points(rows: pd.DataFrame, value: str, label: str, dense: float | None = None) -> Figure:
+    """Accuracy of every method at every sparsity: mean and 95 % interval over seeds, one panel a pruner."""
+    rows = with_methods(rows[rows.pruner != "none"])
+    names = [n for n in rows.method.cat.categories if n != "dense"]
+    pruners, sparsities = list(dict.fromkeys(rows.pruner)), sorted(set(rows.sparsity))
+    figure, axes = _grid(len(pruners), 3, (3.5, 3.1), sharey=True)
+    for axis, pruner in zip(axes, pruners, strict=True):
+        for number, name in enumerate(names):
+            for column, sparsity in enumerate(sparsities):
+                chosen = (rows.pruner == pruner) & (rows.method == name) & (rows.sparsity == sparsity)
+                seeds = rows[chosen].groupby("seed")[value].mean().to_numpy()
+                if len(seeds):
+                    _point(axis, column + 0.09 * (number - (len(names) - 1) / 2), 100 * seeds, name, column == 0)
+        if dense is not None:
+            axis.axhline(100 * dense, color="black", lw=0.8, ls="--")
+            axis.annotate("dense", (1, 100 * dense), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+        axis.set_xticks(range(len(sparsities)), [f"{100 * s:g} %" for s in sparsities])
+        axis.set(title=PRUNERS[pruner], xlabel="sparsity")
+    axes[0].set_ylabel(f"{label}, %")
+    axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def _point(axis: Axes, x: float, values: np.ndarray, name: str, labelled: bool) -> None:
+    interval = bootstrap(values)
+    look = _look(name)
+    low, high = max(interval.low, 0), min(interval.high, 100)
+    if np.isfinite(low) and interval.n > 1:
+        axis.plot([x, x], [low, high], color=look["color"], lw=1.2, alpha=0.6)
+    axis.plot(x, interval.estimate, ls="", ms=6, label=name if labelled else None, **look)
+
+
+def flops_bars(rows: pd.DataFrame, network: str) -> Figure:
+    """Share of the dense multiply-accumulates left, by similarity metric and hybrid, direct pruning as the line."""
+    rows = rows.assign(share=100 * rows.macs / rows.macs_dense)
+    sparsities = sorted(set(rows.sparsity))
+    names = [s for s in SIMILARITIES if s in set(rows.similarity) and s != "none"]
+    hybrids = [h for h in COLORS if h in set(rows.hybrid) and h not in ("none", "direct")]
+    figure, axes = _grid(len(sparsities), 2, (max(4.2, 0.75 * len(names)), 3))
+    for axis, sparsity in zip(axes, sparsities, strict=True):
+        part = rows[rows.sparsity == sparsity]
+        for number, hybrid in enumerate(hybrids):
+            by = part[part.hybrid == hybrid].groupby("similarity").share
+            x = np.arange(len(names)) + 0.2 * (number - (len(hybrids) - 1) / 2)
+            error = [[by.mean()[s] - by.min()[s] for s in names], [by.max()[s] - by.mean()[s] for s in names]]
+            axis.bar(x, [by.mean()[s] for s in names], 0.18, color=COLORS[hybrid], label=hybrid, yerr=error,
+                     error_kw={"lw": 0.8})  # fmt: skip
+        axis.axhline(part[part.hybrid == "direct"].share.mean(), color="black", ls="--", lw=1, label="direct")
+        axis.set_xticks(range(len(names)), [SIMILARITIES[s] for s in names], rotation=30, ha="right")
+        axis.set_title(f"{network}, {PRUNERS[part.pruner.iloc[0]]}, {100 * sparsity:g} % of weights removed", fontsize=9)
+    axes[0].set_ylabel("MACs left, % of dense (theoretical)")
+    axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+# --- 05 shifts ------------------------------------------------------------------------------------------------------
+
+
+def shift_heat_map(shifts: pd.DataFrame, sparsity: float) -> Figure:
+    """Difference to direct pruning in points, per method and shift: mean over pruners, severities and seeds."""
+    rows = with_methods(shifts[(shifts.sparsity == sparsity)])
+    table = rows.pivot_table(index="method", columns="shift", values="accuracy", aggfunc="mean", observed=True)
+    order = ["clean", *[s for s in FAMILIES if s in table], *[s for s in table if s not in FAMILIES and s != "clean"]]
+    gain = 100 * (table[order] - table.loc["direct", order]).drop(index="direct")
+    limit = max(1.0, float(np.nanquantile(np.abs(gain), 0.9)))
+    figure, axis = plt.subplots(figsize=(0.62 * len(order) + 1.8, 0.42 * len(gain) + 1.9))
+    sns.heatmap(gain, ax=axis, cmap="vlag_r", center=0, vmin=-limit, vmax=limit, annot=True, fmt=".1f",
+                annot_kws={"fontsize": 8}, cbar_kws={"label": "points"}, linewidths=0.4)  # fmt: skip
+    axis.set(xlabel="", ylabel="")
+    axis.tick_params(axis="y", rotation=0)
+    axis.set_xticklabels([s.replace("_", " ") for s in order], rotation=40, ha="right")
+    axis.set_title(f"Accuracy against direct pruning, {100 * sparsity:g} % of weights removed")
+    return figure
+
+
+def severity_curves(shifts: pd.DataFrame, sparsity: float, pruner: str) -> Figure:
+    """Accuracy by severity, one panel a family of shifts; band: range over seeds."""
+    rows = shifts[((shifts.sparsity == sparsity) & (shifts.pruner == pruner)) | (shifts.pruner == "none")]
+    rows = with_methods(rows)
+    families = [f for f in dict.fromkeys(FAMILIES.values()) if f in set(rows["shift"].map(FAMILIES))]
+    figure, axes = _grid(len(families), 4, (2.6, 2.6), sharey=True)
+    for axis, family in zip(axes, families, strict=True):
+        part = rows[(rows["shift"].map(FAMILIES) == family) | (rows.severity == 0)]
+        for name in part.method.cat.categories:
+            seeds = part[part.method == name].groupby(["severity", "seed"]).accuracy.mean().unstack("seed")
+            line = {"ls": "--"} if name == "dense" else {"ls": ":"} if " " in name else {}
+            axis.plot(seeds.index, 100 * seeds.mean(1), label=name, ms=4, lw=1.2, **_look(name), **line)
+            axis.fill_between(seeds.index, 100 * seeds.min(1), 100 * seeds.max(1), color=_look(name)["color"], alpha=0.1, lw=0)
+        axis.set(title=family, xlabel="severity (0: clean)")
+        axis.set_xticks(sorted(set(part.severity)))
+    axes[0].set_ylabel("accuracy, %")
+    axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.suptitle(f"{PRUNERS[pruner]}, {100 * sparsity:g} % of weights removed", x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+def calibration(shifts: pd.DataFrame) -> Figure:
+    """Expected calibration error, clean against shifted, mean over pruners and shifts, a point a method and seed."""
+    rows = with_methods(shifts)
+    rows = rows.assign(where=np.where(rows.severity == 0, "clean", "shifted"))
+    sparsities = [s for s in sorted(set(rows.sparsity)) if s > 0]
+    figure, axes = _grid(len(sparsities), 3, (3.6, 3.0), sharex=True, sharey=True)
+    for axis, sparsity in zip(axes, sparsities, strict=True):
+        part = rows[rows.sparsity.isin([sparsity, 0.0])]
+        by = part.groupby(["method", "seed", "where"], observed=True).ece.mean().unstack("where").reset_index()
+        for name in by.method.cat.categories:
+            mine = by[by.method == name]
+            axis.plot(100 * mine.clean, 100 * mine.shifted, ls="", ms=6, label=name, **_look(name))
+        axis.set(title=f"{100 * sparsity:g} % removed", xlabel="calibration error, clean, %")
+    axes[0].set_ylabel("calibration error, shifted, %")
+    axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def forest(claims: pd.DataFrame) -> Figure:
+    """Every comparison as an interval in points, coloured and marked by its verdict."""
+    look = {"supported": ("#009E73", "o"), "contradicted": ("#D55E00", "X"), "inconclusive": ("#7F7F7F", "D")}
+    figure, axis = plt.subplots(figsize=(7.5, 0.3 * len(claims) + 1.4))
+    limit = 100 * float(claims.estimate.abs().max()) * 1.4 + 1
+    seen: set[str] = set()
+    for height, row in enumerate(claims.iloc[::-1].itertuples()):
+        word = row.verdict.split(" ")[0]
+        color, marker = look[word]
+        low, high = np.clip([100 * row.ci_low, 100 * row.ci_high], -limit, limit)
+        axis.plot([low, high], [height, height], color=color, lw=2)
+        axis.plot(100 * row.estimate, height, marker, color=color, ms=7, label=None if word in seen else word)
+        seen.add(word)
+    axis.axvline(0, color="black", lw=0.8)
+    axis.set_xlim(-limit, limit)
+    texts = [f"{r.claim}: {r.measure.split(': ')[1]}  ({r.sparsity:.0%})" for r in claims.iloc[::-1].itertuples()]
+    axis.set_yticks(range(len(claims)), texts, fontsize=8)
+    axis.set_xlabel(f"difference in points, 95 % interval over {claims.n.max()} seeds (cut at the frame)")
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    axis.set_title("The claims, comparison by comparison")
+    return figure
