@@ -19,9 +19,7 @@ from gcnet.graph import LayerGraph, layer_graph
 
 def _paired(parent: Tensor, child: Tensor) -> tuple[Tensor, Tensor]:
     if parent.ndim != 2 or child.ndim != 2 or len(parent) != len(child):
-        raise ValueError(
-            f"parent {tuple(parent.shape)} and child {tuple(child.shape)} must be (N, filters) of one N"
-        )
+        raise ValueError(f"parent {tuple(parent.shape)} and child {tuple(child.shape)} must be (N, filters) of one N")
     if len(parent) < 2:
         raise ValueError(f"a similarity needs at least 2 images, got {len(parent)}")
     return parent.double(), child.double()

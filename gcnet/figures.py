@@ -108,7 +108,9 @@ def training_curves(histories: Mapping[int, list[dict[str, float]]], test_accura
     figure, axis = plt.subplots(figsize=(5, 3))
     for number, (seed, history) in enumerate(histories.items()):
         color = sns.color_palette("colorblind")[number % 10]
-        axis.plot([r["epoch"] for r in history], [100 * r["accuracy"] for r in history], color=color, label=f"seed {seed}")
+        axis.plot(
+            [r["epoch"] for r in history], [100 * r["accuracy"] for r in history], color=color, label=f"seed {seed}"
+        )
         axis.plot(history[-1]["epoch"], 100 * test_accuracy[seed], "*", color=color, ms=11, clip_on=False)
     axis.set(xlabel="epoch", ylabel="accuracy, %", title="Training (line) and final test accuracy (star)")
     axis.legend()
@@ -148,7 +150,9 @@ def activation_histograms(activations: Mapping[str, Tensor], columns: int = 5) -
     return figure
 
 
-def class_heat_maps(activations: Mapping[str, Tensor], labels: Tensor, classes: Sequence[str], layers: int = 4) -> Figure:
+def class_heat_maps(
+    activations: Mapping[str, Tensor], labels: Tensor, classes: Sequence[str], layers: int = 4
+) -> Figure:
     """Mean standardised activation of each filter for each class, for layers spread over the depth."""
     names = list(activations)
     chosen = [names[i] for i in np.unique(np.linspace(0, len(names) - 1, layers).round().astype(int))]
@@ -325,7 +329,9 @@ def accuracy_points(rows: pd.DataFrame, value: str, label: str, dense: float | N
                     _point(axis, column + 0.09 * (number - (len(names) - 1) / 2), 100 * seeds, name, column == 0)
         if dense is not None:
             axis.axhline(100 * dense, color="black", lw=0.8, ls="--")
-            axis.annotate("dense", (1, 100 * dense), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+            axis.annotate(
+                "dense", (1, 100 * dense), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
+            )
         axis.set_xticks(range(len(sparsities)), [f"{100 * s:g} %" for s in sparsities])
         axis.set(title=PRUNERS[pruner], xlabel="sparsity")
     axes[0].set_ylabel(f"{label}, %")
@@ -359,7 +365,9 @@ def flops_bars(rows: pd.DataFrame, network: str) -> Figure:
                      error_kw={"lw": 0.8})  # fmt: skip
         axis.axhline(part[part.hybrid == "direct"].share.mean(), color="black", ls="--", lw=1, label="direct")
         axis.set_xticks(range(len(names)), [SIMILARITIES[s] for s in names], rotation=30, ha="right")
-        axis.set_title(f"{network}, {PRUNERS[part.pruner.iloc[0]]}, {100 * sparsity:g} % of weights removed", fontsize=9)
+        axis.set_title(
+            f"{network}, {PRUNERS[part.pruner.iloc[0]]}, {100 * sparsity:g} % of weights removed", fontsize=9
+        )
     axes[0].set_ylabel("MACs left, % of dense (theoretical)")
     axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
@@ -397,7 +405,9 @@ def severity_curves(shifts: pd.DataFrame, sparsity: float, pruner: str) -> Figur
             seeds = part[part.method == name].groupby(["severity", "seed"]).accuracy.mean().unstack("seed")
             line = {"ls": "--"} if name == "dense" else {"ls": ":"} if " " in name else {}
             axis.plot(seeds.index, 100 * seeds.mean(1), label=name, ms=4, lw=1.2, **_look(name), **line)
-            axis.fill_between(seeds.index, 100 * seeds.min(1), 100 * seeds.max(1), color=_look(name)["color"], alpha=0.1, lw=0)
+            axis.fill_between(
+                seeds.index, 100 * seeds.min(1), 100 * seeds.max(1), color=_look(name)["color"], alpha=0.1, lw=0
+            )
         axis.set(title=family, xlabel="severity (0: clean)")
         axis.set_xticks(sorted(set(part.severity)))
     axes[0].set_ylabel("accuracy, %")

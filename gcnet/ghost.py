@@ -25,9 +25,7 @@ def expand(connectivity: Tensor, weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def build_ghost(
-    model: nn.Module, connectivity: Mapping[str, Tensor], *, batchnorm: str = "identity"
-) -> nn.Module:
+def build_ghost(model: nn.Module, connectivity: Mapping[str, Tensor], *, batchnorm: str = "identity") -> nn.Module:
     """The companion network: same modules, weights = connectivity expanded over the kernels.
 
     connectivity: {layer: (C_out, C_in per group)}. Biases are 0 and normalisation layers the identity (choice;

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 import yaml
 from matplotlib.figure import Figure
+from torch import Tensor, nn
 
 from gcnet import paths
-from gcnet.cells import cell_result, cells, shift_rows, splits
-from gcnet.evaluation import Interval, bootstrap, paired_differences, verdict
+from gcnet.cells import cell_result, cells, connectivity_images, normalized_batches, shift_rows, splits
+from gcnet.connectivity import connectivity
+from gcnet.evaluation import Interval, bootstrap, mean_corruption_error, paired_differences, verdict
+from gcnet.graph import LayerGraph
 from gcnet.store import atomic_write, provenance, used_code, write_json
 from gcnet.study import Study
 
@@ -83,7 +88,7 @@ def to_markdown(frame: pd.DataFrame) -> str:
     return "\n".join(lines) + "\n"
 
 
-_LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "±": r"$\pm$", "−": "$-$"}
+_LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "±": r"$\pm$"}
 
 
 def to_latex(frame: pd.DataFrame) -> str:
@@ -105,20 +110,24 @@ def to_latex(frame: pd.DataFrame) -> str:
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
-def mean_and_spread(frame: pd.DataFrame, rows: Sequence[str], columns: str, value: str) -> pd.DataFrame:
+def mean_and_spread(
+    frame: pd.DataFrame, rows: Sequence[str], columns: str, value: str, *, bold: bool = True
+) -> pd.DataFrame:
     """Percent, mean ± standard deviation over seeds, `rows` down and `columns` across.
 
-    frame: one row a seed after averaging over everything that is neither a row, a column nor `seed`. The best of a row
-    is bold only where the paired difference to the second best lies outside its 95 % interval.
+    frame: averaged over everything that is neither a row, a column nor `seed`. The best of a row is bold (unless
+    bold=False) only where 0 lies outside the 95 % interval of its paired difference to the second best.
     """
     order = list(dict.fromkeys(frame[columns]))
-    seeds = frame.groupby([*rows, columns, "seed"], sort=False)[value].mean().unstack("seed")
+    if isinstance(frame[columns].dtype, pd.CategoricalDtype):
+        order = [c for c in frame[columns].cat.categories if c in set(frame[columns])]
+    seeds = frame.groupby([*rows, columns, "seed"], sort=False, observed=True)[value].mean().unstack("seed")
     lines = {}
-    for key, part in seeds.groupby(list(rows), sort=False):
+    for key, part in seeds.groupby(list(rows), sort=False, observed=True):
         part = part.droplevel(list(range(len(rows)))).reindex(order)
         text = {c: _mean_pm(part.loc[c].dropna().to_numpy()) for c in order}
         ranked = part.mean(1).sort_values(ascending=False).index
-        if len(ranked) > 1 and part.shape[1] > 1:
+        if bold and len(ranked) > 1 and part.shape[1] > 1:
             gap = (part.loc[ranked[0]] - part.loc[ranked[1]]).dropna().to_numpy()
             if len(gap) > 1 and bootstrap(gap).low > 0:
                 text[ranked[0]] = f"**{text[ranked[0]]}**"
@@ -168,11 +177,69 @@ def layer_table(study: Study) -> pd.DataFrame:
 def shift_table(study: Study) -> pd.DataFrame:
     """shift_accuracy.csv: one row a cell, shift and severity (0 = the clean test set)."""
     rows = [
-        {**cell.row(), "shift": row["shift"], "severity": row["severity"], "accuracy": row["accuracy"], "ece": row["ece"]}
+        {
+            **cell.row(),
+            "shift": row["shift"],
+            "severity": row["severity"],
+            "accuracy": row["accuracy"],
+            "ece": row["ece"],
+        }
         for cell in cells(study)
         for row in shift_rows(study, cell)
     ]
     return pd.DataFrame(rows)
+
+
+def shift_summary(shifts: pd.DataFrame) -> pd.DataFrame:
+    """One row a cell: clean and mean shifted accuracy, corruption error relative to the dense network of its seed,
+    calibration error clean and shifted."""
+    dense = dict(iter(shifts[shifts.pruner == "none"].groupby("seed")))
+    rows = []
+    for key, part in shifts.groupby(CELL, sort=False):
+        clean, shifted = part[part.severity == 0], part[part.severity > 0]
+        rows.append(
+            {
+                **dict(zip(CELL, key, strict=True)),
+                "clean": clean.accuracy.mean(),
+                "shifted": shifted.accuracy.mean(),
+                "mce": mean_corruption_error(part, dense[key[-1]]),
+                "ece_clean": clean.ece.mean(),
+                "ece_shifted": shifted.ece.mean(),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def connectivity_row(layer: str, graph: LayerGraph, similarity: str, tap: str, matrix: Tensor) -> dict[str, Any]:
+    """A row of connectivity.csv: how strong a layer's connectivity is, over the entries of its matrix."""
+    low, high = torch.quantile(_thinned(matrix), torch.tensor([0.05, 0.95], device=matrix.device)).tolist()
+    return {
+        "layer": layer,
+        "parent": " + ".join(graph.parents[layer]),
+        "similarity": similarity,
+        "tap": tap,
+        "mean_abs": matrix.abs().mean().item(),
+        "std": matrix.std().item(),
+        "p05": low,
+        "p95": high,
+    }
+
+
+def _thinned(matrix: Tensor, most: int = 2**20) -> Tensor:
+    """Evenly spaced entries: torch.quantile takes at most 16 million."""
+    flat = matrix.flatten()
+    return flat[:: -(-len(flat) // most)]
+
+
+def parent_matrices(study: Study, net: nn.Sequential, graph: LayerGraph, child: str) -> dict[str, Tensor]:
+    """The Pearson matrix of each parent of a layer: the terms of the sum that its ghost loads (GC-Net, Fig. 2)."""
+    parts = {}
+    for parent in graph.parents[child]:
+        sources = tuple(s for s in graph.sources[child] if s.parent == parent)
+        alone = replace(graph, layers=(child,), parents={child: (parent,)}, sources={child: sources})
+        batches = normalized_batches(net, connectivity_images(study))
+        parts[parent] = connectivity(net[1], batches, tap=study.tap, graph=alone)[child]
+    return parts
 
 
 # --- claims ---------------------------------------------------------------------------------------------------------
@@ -200,9 +267,7 @@ def claims_table(study: Study, shifts: pd.DataFrame, accuracy: pd.DataFrame) -> 
     return pd.DataFrame(rows, columns=columns)
 
 
-def _compare(
-    test: dict[str, Any], sparsity: float, shifts: pd.DataFrame, accuracy: pd.DataFrame
-) -> Interval | None:
+def _compare(test: dict[str, Any], sparsity: float, shifts: pd.DataFrame, accuracy: pd.DataFrame) -> Interval | None:
     if test["measure"] == "macs":
         dense = accuracy[accuracy.pruner == "none"].macs.iloc[0]
         source = accuracy.assign(shift="clean", severity=0, value=-accuracy.macs / dense)

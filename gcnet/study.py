@@ -96,7 +96,12 @@ class Study(BaseModel):
     @model_validator(mode="after")
     def _names_are_known(self) -> Study:
         # Imported here: study.py stands above every registry it checks against.
-        from gcnet import connectivity, data, hybrid, networks, pruning, shifts
+        from gcnet.connectivity import SIMILARITIES
+        from gcnet.data import DATASETS
+        from gcnet.hybrid import HYBRIDS
+        from gcnet.networks import NETWORKS
+        from gcnet.pruning import PRUNERS
+        from gcnet.shifts import CORRUPTIONS, NATURAL_SHIFTS
 
         def check(kind: str, names: Any, known: Any) -> None:
             for name in names:
@@ -104,15 +109,15 @@ class Study(BaseModel):
                     raise unknown(kind, name, known)
 
         if not self.dataset.startswith("image_folder:"):
-            check("data set", [self.dataset], data.DATASETS)
+            check("data set", [self.dataset], DATASETS)
         if not self.network.startswith("torchvision:"):
-            check("network", [self.network], networks.NETWORKS)
-        check("pruner", [*self.pruners, self.flops_pruner], pruning.PRUNERS)
-        check("similarity", [*self.guidance, *self.flops_similarities], connectivity.SIMILARITIES)
+            check("network", [self.network], NETWORKS)
+        check("pruner", [*self.pruners, self.flops_pruner], PRUNERS)
+        check("similarity", [*self.guidance, *self.flops_similarities], SIMILARITIES)
         for hybrids in self.guidance.values():
-            check("hybrid", hybrids, [h for h in hybrid.HYBRIDS if h != "direct"])
-        check("shift", self.shifts, [*shifts.CORRUPTIONS, "all"])
-        check("natural shift", self.natural_shifts, shifts.NATURAL_SHIFTS)
+            check("hybrid", hybrids, [h for h in HYBRIDS if h != "direct"])
+        check("shift", self.shifts, [*CORRUPTIONS, "all"])
+        check("natural shift", self.natural_shifts, NATURAL_SHIFTS)
         return self
 
     @property

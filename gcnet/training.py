@@ -210,7 +210,9 @@ def train(
             "seconds": round(time.perf_counter() - started, 3),
         }
         if not torch.isfinite(total_loss):
-            raise FloatingPointError(f"the training loss became {row['loss']} in epoch {epoch + 1}; lower lr {recipe.lr}")
+            raise FloatingPointError(
+                f"the training loss became {row['loss']} in epoch {epoch + 1}; lower lr ({recipe.lr})"
+            )
         history.append(row)
         if on_epoch:
             on_epoch(row)
