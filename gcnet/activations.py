@@ -33,8 +33,10 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 def _spatial_mean(value: Tensor, channel_dim: int) -> Tensor:
     """(N, ..., C, ...) -> (N, C) in float32: the mean over every dimension but batch and channel."""
-    others = [d for d in range(1, value.ndim) if d != channel_dim % value.ndim]
-    return value.mean(others, dtype=torch.float32) if others else value.float()
+    if value.ndim == 2:  # a copy: an in-place activation may follow
+        return value.to(torch.float32, copy=True)
+    # Converted first: summing bfloat16 maps into float32 in one call is several times slower on CPUs.
+    return value.movedim(channel_dim, 1).flatten(2).float().mean(2)
 
 
 class _Recorder(nn.Module):
@@ -91,11 +93,16 @@ def stream(
     for images, labels in batches:
         with eval_mode(model), eval_mode(module):
             module(images.to(device, non_blocking=True))
-        for layer in graph.layers:
-            for (name, _), value in values.items():
-                if name == layer and not bool(torch.isfinite(value).all()):
-                    raise FloatingPointError(f"activations of layer '{layer}' are not finite (NaN or infinity)")
+        # One check for all taps: a device is waited for once a batch, not once a layer.
+        if not bool(torch.isfinite(torch.stack([value.sum() for value in values.values()])).all()):
+            _name_the_first(values, graph)
         yield dict(values), labels.to(device)
+
+
+def _name_the_first(values: dict[Tap, Tensor], graph: LayerGraph) -> None:
+    for layer in graph.layers:
+        if any(name == layer and not bool(torch.isfinite(value).all()) for (name, _), value in values.items()):
+            raise FloatingPointError(f"activations of layer '{layer}' are not finite (NaN or infinity)")
 
 
 class Moments:

@@ -166,10 +166,12 @@ def connectivity_matrices(study: Study, seed: int, similarity: str) -> dict[str,
             classwise=study.classwise, absolute=study.absolute, graph=graph(study, net[1]), seed=seed,
         )  # fmt: skip
         save_file({k: v.cpu().contiguous() for k, v in matrices.items()}, folder / "connectivity.safetensors")
+        write_json(folder / "layers.json", list(matrices))  # the file sorts its entries by name
 
     folder = Store().once("connectivity", _connectivity_inputs(study, seed, similarity), compute)
     device = pick_device(study.device)
-    return {k: v.to(device) for k, v in load_file(folder / "connectivity.safetensors").items()}
+    matrices = load_file(folder / "connectivity.safetensors")
+    return {layer: matrices[layer].to(device) for layer in read_json(folder / "layers.json")}
 
 
 # --- cells ----------------------------------------------------------------------------------------------------------

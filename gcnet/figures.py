@@ -12,6 +12,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from gcnet.evaluation import bootstrap
@@ -96,6 +97,10 @@ def _grid(count: int, columns: int, cell: tuple[float, float], **options: Any) -
     return figure, flat[:count]
 
 
+def _whole_numbers(axis: Axes) -> None:
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+
+
 def _short(layers: Sequence[str]) -> list[str]:
     return [str(number) for number in range(1, len(layers) + 1)]
 
@@ -113,6 +118,7 @@ def training_curves(histories: Mapping[int, list[dict[str, float]]], test_accura
         )
         axis.plot(history[-1]["epoch"], 100 * test_accuracy[seed], "*", color=color, ms=11, clip_on=False)
     axis.set(xlabel="epoch", ylabel="accuracy, %", title="Training (line) and final test accuracy (star)")
+    _whole_numbers(axis)
     axis.legend()
     return figure
 
@@ -198,7 +204,8 @@ def strength_by_layer(table: pd.DataFrame, numbers: Mapping[str, int]) -> Figure
         axis.plot(x, part.mean_abs, "o-", color=COLORS["B25"], ms=4, label="mean |value|")
         axis.axhline(0, color="black", lw=0.6)
         axis.set_title(SIMILARITIES[name], fontsize=9)
-    axes[0].legend(fontsize=7)
+        _whole_numbers(axis)
+    axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.supxlabel("layer, in execution order", fontsize=10)
     figure.supylabel("connectivity", fontsize=10)
     return figure
@@ -229,6 +236,7 @@ def drift(table: pd.DataFrame, numbers: Mapping[str, int]) -> Figure:
         sns.lineplot(rows, x="number", y=column, hue="family", style="family", markers=True, errorbar=("pi", 100),
                      err_kws={"alpha": 0.12}, ax=axis, legend=axis is axes[0])  # fmt: skip
         axis.set(xlabel="layer, in execution order", ylabel=label)
+        _whole_numbers(axis)
     axes[0].legend(title=None, fontsize=8)
     axes[0].set_title(f"Connectivity on shifted against clean images (severity {rows.severity.iloc[0]}; band: range)")
     return figure
@@ -284,8 +292,12 @@ def layer_sparsity(layers: pd.DataFrame, sparsity: float, similarity: str) -> Fi
         axis.axhline(100 * (1 - sparsity), color="black", lw=0.6, ls=":")
         axis.set_title(PRUNERS[pruner])
         axis.set_xlabel("layer, in execution order")
-    axes[0].set_ylabel(f"weights kept, % ({100 * sparsity:g} % removed in all)")
-    axes[-1].legend(fontsize=8)
+        _whole_numbers(axis)
+    axes[0].set_ylabel("weights kept, %")
+    figure.suptitle(
+        f"{100 * sparsity:g} % of weights removed in all (dotted: kept on average)", x=0.01, ha="left", fontsize=10
+    )
+    axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -148,7 +149,7 @@ def test_no_gradient_is_kept() -> None:
 def moments_of(a: np.ndarray, b: np.ndarray, cuts: list[int]) -> Moments:
     moments = Moments([(A, B), (A, A), (A, B)])
     edges = [0, *sorted(cuts), len(a)]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         moments.update({A: torch.from_numpy(a[start:stop]), B: torch.from_numpy(b[start:stop])})
     return moments
 
@@ -190,7 +191,7 @@ def sampled(count: int, size: int, seed: int, cuts: tuple[int, ...] = ()) -> tup
     """Rows numbered from 0, their labels 100 more; the second tap is the negative of the first."""
     reservoir = Reservoir([A, B], size, seed)
     edges = [0, *cuts, count]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         rows = torch.arange(start, stop, dtype=torch.float32)[:, None]
         reservoir.update({A: rows, B: -rows}, torch.arange(start, stop) + 100)
     assert torch.equal(reservoir.values[A], -reservoir.values[B])

@@ -19,7 +19,7 @@ from gcnet import paths, store
 from gcnet.store import Store, atomic_write, read_json, write_json
 
 INPUTS = {"seed": 0, "width": 0.25}
-SPAWN = multiprocessing.get_context("spawn")
+FORK = multiprocessing.get_context("fork")  # the children touch files alone
 
 
 def writes(text: str, calls: list[str] | None = None) -> Callable[[Path], None]:
@@ -188,13 +188,15 @@ def _damage(folder: Path, how: str) -> None:
         entry.write_text("[]", encoding="utf-8")
     elif how == "entry null":
         entry.write_text("null", encoding="utf-8")
+    elif how == "entry without provenance":
+        entry.write_text(json.dumps({"files": read_json(entry)["files"]}), encoding="utf-8")
     elif how == "files is a list":
         entry.write_text('{"files": ["result.txt"]}', encoding="utf-8")
 
 
 DAMAGES = [
     "changed", "truncated", "missing", "entry truncated", "entry empty", "entry without files", "entry of zeros",
-    "entry not text", "entry is a list", "entry null", "files is a list",
+    "entry not text", "entry is a list", "entry null", "entry without provenance", "files is a list",
 ]  # fmt: skip
 
 
@@ -252,8 +254,8 @@ def _racer(name: str, gate: multiprocessing.Barrier, results: multiprocessing.Qu
 
 
 def test_two_processes_that_compute_the_same_return_the_same() -> None:
-    gate, results = SPAWN.Barrier(2), SPAWN.Queue()
-    racers = [SPAWN.Process(target=_racer, args=(name, gate, results)) for name in ("left", "right")]
+    gate, results = FORK.Barrier(2), FORK.Queue()
+    racers = [FORK.Process(target=_racer, args=(name, gate, results)) for name in ("left", "right")]
     for racer in racers:
         racer.start()
     found = [results.get(timeout=20) for _ in racers]
@@ -277,8 +279,8 @@ def _crowd(gate: multiprocessing.Barrier, count: int) -> None:
 
 
 def test_a_crowd_that_starts_at_the_same_moment() -> None:
-    gate = SPAWN.Barrier(4)
-    crowd = [SPAWN.Process(target=_crowd, args=(gate, 40)) for _ in range(4)]
+    gate = FORK.Barrier(4)
+    crowd = [FORK.Process(target=_crowd, args=(gate, 40)) for _ in range(4)]
     for process in crowd:
         process.start()
     for process in crowd:
@@ -296,7 +298,7 @@ def _killed(root: str) -> None:
 
 
 def test_what_a_killed_process_left_is_continued() -> None:
-    process = SPAWN.Process(target=_killed, args=(str(paths.runs()),))
+    process = FORK.Process(target=_killed, args=(str(paths.runs()),))
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL and Store().find("dense", INPUTS) is None

@@ -148,7 +148,7 @@ def test_a_file_that_is_no_mapping_is_named(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_no_yaml_is_named_with_the_line(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"broken\.yaml.*line 2"):
+    with pytest.raises(ValueError, match=r"(?s)broken\.yaml.*line 2"):
         Study.load(write(tmp_path / "broken.yaml", "epochs: 3\nseeds: [0, 1\n"))
 
 

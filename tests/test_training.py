@@ -60,7 +60,7 @@ def test_the_same_seed_gives_the_same_weights_to_the_bit() -> None:
     assert [row["loss"] for row in history] == [row["loss"] for row in again_history]
 
 
-class Stop(Exception):
+class Stop(Exception):  # noqa: N818
     """An interruption."""
 
 

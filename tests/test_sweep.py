@@ -1,0 +1,153 @@
+"""A study over workers: everything once, a failure tried again and reported, the rest not stopped."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gcnet import cells as stages
+from gcnet import paths
+from gcnet import sweep as sweeping
+from gcnet.cells import Cell, cell_result, cells, shift_rows
+from gcnet.study import Study
+from gcnet.sweep import pool, sweep
+
+STUDY = Study.create(
+    study="small", dataset="digits", channels=1, network="resnet20", width=0.125, seeds=[0], epochs=1, batch_size=40,
+    train_images=120, crop_padding=0, flip=False, pruners=["l1", "random"], sparsities=[0.5],
+    guidance={"pearson": ["B25"]}, finetune_epochs=0, flops_similarities=["pearson"], shifts=["contrast"],
+    severities=[1], shift_images=30, device="cpu", precision="float32",
+)  # fmt: skip
+LABELS = [" ".join(map(str, cell.row().values())) for cell in cells(STUDY)]
+
+
+class Here(Executor):
+    """Runs each task at once, in this thread."""
+
+    def submit(self, task: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+        future: Future = Future()
+        try:
+            future.set_result(task(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("swept")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GCNET_RUNS", str(root))
+        assert sweep(STUDY, Here()) == []
+    return root
+
+
+@pytest.fixture
+def store(swept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GCNET_RUNS", str(swept))
+
+
+def fail(*_: object, **__: object) -> None:
+    raise AssertionError("this was computed before")
+
+
+@pytest.mark.usefixtures("store")
+def test_after_a_sweep_every_cell_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("train", "connectivity", "hybrid_masks", "corrupt", "score"):
+        monkeypatch.setattr(stages, name, fail)
+    for cell in cells(STUDY):
+        assert cell_result(STUDY, cell)["sparsity"] == cell.sparsity and len(shift_rows(STUDY, cell)) == 2
+
+
+@pytest.mark.usefixtures("store")
+def test_a_second_sweep_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("train", "connectivity", "hybrid_masks", "corrupt", "score"):
+        monkeypatch.setattr(stages, name, fail)
+    before = sorted(paths.runs().iterdir())
+    assert sweep(STUDY, Here()) == [] and sorted(paths.runs().iterdir()) == before
+
+
+@pytest.mark.usefixtures("store")
+def test_progress_is_counted(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "gcnet"):
+        sweep(STUDY, ThreadPoolExecutor(1))
+    lines = [message for message in caplog.messages if message.startswith("cells ")]
+    assert [line.split(",")[0] for line in lines] == [f"cells {k}/5" for k in range(1, 6)]
+    assert sorted(line.split(": ")[1] for line in lines) == sorted(LABELS)
+
+
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize("failures", [1, 2])
+@pytest.mark.parametrize("executor", [Here, lambda: ThreadPoolExecutor(2)], ids=["one", "two"])
+def test_a_failing_cell_is_tried_again_and_stops_nothing(
+    failures: int, executor: Callable[[], Executor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad, tried, real = cells(STUDY)[2], [], sweeping.shift_rows
+
+    def flaky(study: Study, cell: Cell) -> object:
+        tried.append(cell)
+        if cell == bad and tried.count(bad) <= failures:
+            raise MemoryError("not enough for this one")
+        return real(study, cell)
+
+    monkeypatch.setattr(sweeping, "shift_rows", flaky)
+    reported = sweep(STUDY, executor())
+    assert tried.count(bad) == 2 and set(tried) == set(cells(STUDY))
+    if failures == 1:
+        assert reported == []
+    else:
+        (row,) = reported
+        assert row["stage"] == "cells" and str(bad) == row["task"]
+        assert row["error"] == "MemoryError: not enough for this one"
+
+
+@pytest.mark.usefixtures("store")
+def test_a_stage_that_fails_does_not_stop_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no corruption today")
+
+    monkeypatch.setattr(sweeping, "corrupted_images", broken)
+    reported = sweep(STUDY, Here())
+    assert [(row["stage"], row["task"]) for row in reported] == [("corruptions", "contrast")]
+
+
+@pytest.mark.usefixtures("store")
+def test_a_pool_whose_worker_was_killed_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a process pool does when the system kills a worker: the task fails, and so does every further submit."""
+
+    class Killed(Here):
+        broken = False
+
+        def submit(self, task: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+            if self.broken:
+                raise BrokenProcessPool("a child process terminated abruptly")
+            if args[1] == cells(STUDY)[2]:
+                self.broken = True
+                future: Future = Future()
+                future.set_exception(BrokenProcessPool("a process in the pool was terminated abruptly"))
+                return future
+            return super().submit(task, *args, **kwargs)
+
+    reported = sweep(STUDY, Killed())
+    assert {row["task"] for row in reported} >= {str(cell) for cell in cells(STUDY)[2:]}
+    assert all("terminated abruptly" in row["error"] for row in reported)
+
+
+def _where(number: int) -> tuple[int, int]:
+    import torch
+
+    return number, torch.get_num_threads()
+
+
+def test_the_pool_shares_the_cores() -> None:
+    import os
+
+    with pool(2) as workers:
+        found = list(workers.map(_where, range(3)))
+    assert found == [(number, max(1, len(os.sched_getaffinity(0)) // 2)) for number in range(3)]
