@@ -134,9 +134,7 @@ def _time_peer(python: Path, images: Tensor, repeats: int = 3) -> dict[str, floa
                 raise RuntimeError(f"{PEER} does not start in {python.parent.parent}: {done.stderr[-1000:]}")
             for name, value in json.loads(line.removeprefix("RESULT ")).items():
                 known = best.get(name)
-                best[name] = (
-                    min(known, value) if isinstance(known, float) and isinstance(value, float) else value
-                )
+                best[name] = min(known, value) if isinstance(known, float) and isinstance(value, float) else value
     return best
 
 

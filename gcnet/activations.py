@@ -6,29 +6,17 @@ Memory does not grow with the number of images: moments are merged batch by batc
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
 
+from gcnet.cost import evaluation_mode
 from gcnet.graph import LayerGraph
 
 # Where a scalar is read: the layer's own output, its output after BatchNorm and activation, or what it receives.
 Where = Literal["conv", "relu", "input"]
 Tap = tuple[str, Where]
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every module's own mode restored after."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _spatial_mean(value: Tensor, channel_dim: int) -> Tensor:
@@ -91,18 +79,25 @@ def stream(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     # eval only while a batch runs: a generator that is not run to its end must not leave the model in eval mode.
     for images, labels in batches:
-        with eval_mode(model), eval_mode(module):
+        with evaluation_mode(model), evaluation_mode(module):
             module(images.to(device, non_blocking=True))
         # One check for all taps: a device is waited for once a batch, not once a layer.
         if not bool(torch.isfinite(torch.stack([value.sum() for value in values.values()])).all()):
-            _name_the_first(values, graph)
+            _name_the_first(model, images.to(device), graph)
         yield dict(values), labels.to(device)
 
 
-def _name_the_first(values: dict[Tap, Tensor], graph: LayerGraph) -> None:
-    for layer in graph.layers:
-        if any(name == layer and not bool(torch.isfinite(value).all()) for (name, _), value in values.items()):
+def _name_the_first(model: nn.Module, images: Tensor, graph: LayerGraph) -> None:
+    """Run the batch again with every layer tapped, and say where the first value that is not finite comes up."""
+    if not bool(torch.isfinite(images.float()).all()):
+        raise FloatingPointError("the images hold values that are not finite (NaN or infinity)")
+    module, values = tapped_module(graph, [(layer, where) for layer in graph.nodes for where in ("conv", "relu")])
+    with evaluation_mode(model), evaluation_mode(module):
+        module(images)
+    for layer in graph.nodes:
+        if not all(bool(torch.isfinite(values[layer, where]).all()) for where in ("conv", "relu")):
             raise FloatingPointError(f"activations of layer '{layer}' are not finite (NaN or infinity)")
+    raise FloatingPointError("activations are not finite (NaN or infinity) between the layers")
 
 
 class Moments:

@@ -177,16 +177,19 @@ def partial(parent: Tensor, child: Tensor, *, ridge: float = 1e-3) -> Tensor:
     Beyond the GC-Net paper (ours): a parent that only moves together with a true parent gets no credit.
     """
     parent, child = _paired(parent, child)
+    n = len(parent)
     x, y = parent - parent.mean(0), child - child.mean(0)
-    return _partial_from_moments(x.T @ x, y.T @ x, y.square().sum(0), ridge)
+    x_square = _alive(x.square().sum(0), parent.mean(0), n)
+    return _partial_from_moments(x.T @ x, x_square, y.T @ x, _alive(y.square().sum(0), child.mean(0), n), ridge)
 
 
-def _partial_from_moments(own: Tensor, cross: Tensor, child_square: Tensor, ridge: float = 1e-3) -> Tensor:
-    """Partial correlations from sums of products; own: (P, P), cross: (C, P), child_square: (C,).
+def _partial_from_moments(
+    own: Tensor, square: Tensor, cross: Tensor, child_square: Tensor, ridge: float = 1e-3
+) -> Tensor:
+    """Partial correlations from sums of products; own: (P, P), square: (P,), cross: (C, P), child_square: (C,).
 
     Standardised first, so `ridge` is a share of a unit variance and units do not matter.
     """
-    square = own.diagonal()
     r = _ratio(cross, child_square, square)
     s = _ratio(own, square, square)
     dead = square <= 0
@@ -235,7 +238,7 @@ def _from_moments(similarity: str, moments: Moments, child: Tap, parent: Tap) ->
         )
     y_square, x_square = _alive(y_square, y_mean, n), _alive(x_square, x_mean, n)
     if parent[1] == "input":
-        return _partial_from_moments(moments.cross[parent, parent], cross, y_square)
+        return _partial_from_moments(moments.cross[parent, parent], x_square, cross, y_square)
     return _ratio(cross, y_square, x_square)
 
 
@@ -304,6 +307,8 @@ def connectivity(
     if graph is None:
         graph = layer_graph(model, first[0][:1].to(next(model.parameters()).device), residual=residual)
     layers = [layer for layer in graph.layers if graph.parents[layer]]
+    if not layers:
+        return {}
     pairs: list[tuple[Tap, Tap]] = []
     for layer in layers:
         if kind.basis == "regression":

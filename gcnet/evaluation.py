@@ -12,7 +12,7 @@ import torch
 from scipy.special import ndtri, stdtrit
 from torch import Tensor, nn
 
-from gcnet.activations import eval_mode
+from gcnet.cost import evaluation_mode
 from gcnet.data import Dataset
 from gcnet.shifts import CORRUPTIONS, corrupt
 from gcnet.training import autocast
@@ -25,7 +25,7 @@ def predict(model: nn.Module, images: Tensor, *, batch_size: int = 250, precisio
     The model's mode is restored.
     """
     device = next(model.parameters()).device
-    with eval_mode(model), autocast(device, precision):
+    with evaluation_mode(model), autocast(device, precision):
         return torch.cat([model(part.to(device)).float().cpu() for part in images.split(batch_size)])
 
 

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gcnet.activations import Moments, Reservoir, activations, eval_mode, stream
+from gcnet.activations import Moments, Reservoir, activations, stream
+from gcnet.cost import evaluation_mode
 from gcnet.graph import layer_graph
 
 A, B = ("a", "conv"), ("b", "conv")
@@ -122,7 +123,7 @@ def test_mode_and_buffers_are_as_before(end: str) -> None:
 def test_eval_mode_is_restored_after_an_error() -> None:
     model = small().train()
     model[1].eval()
-    with pytest.raises(RuntimeError), eval_mode(model):
+    with pytest.raises(RuntimeError), evaluation_mode(model):
         assert not any(module.training for module in model.modules())
         raise RuntimeError
     assert model.training and model[0].training and not model[1].training
