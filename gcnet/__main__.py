@@ -166,16 +166,21 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
-    from gcnet import connectivity, data, hybrid, networks, pruning, shifts
+    from gcnet.connectivity import SIMILARITIES
+    from gcnet.data import DATASETS
+    from gcnet.hybrid import HYBRIDS
+    from gcnet.networks import NETWORKS
+    from gcnet.pruning import PRUNERS
+    from gcnet.shifts import CORRUPTIONS, NATURAL_SHIFTS
 
     registries = {
-        "data sets": [*data.DATASETS, "image_folder:PATH"],
-        "networks": [*networks.NETWORKS, "torchvision:NAME"],
-        "pruners": pruning.PRUNERS,
-        "hybrids": hybrid.HYBRIDS,
-        "similarities": connectivity.SIMILARITIES,
-        "shifts": shifts.CORRUPTIONS,
-        "natural shifts": shifts.NATURAL_SHIFTS,
+        "data sets": [*DATASETS, "image_folder:PATH"],
+        "networks": [*NETWORKS, "torchvision:NAME"],
+        "pruners": PRUNERS,
+        "hybrids": HYBRIDS,
+        "similarities": SIMILARITIES,
+        "shifts": CORRUPTIONS,
+        "natural shifts": NATURAL_SHIFTS,
         "studies": run.studies(),
     }
     width = max(map(len, registries))

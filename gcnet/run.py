@@ -75,12 +75,17 @@ def stages() -> dict[str, list[str]]:
     before: dict[str, list[str]] = {"sweep": []}
     previous = "sweep"
     for name in names:
-        if name.startswith("00_"):
-            before[name] = []  # the quick start needs nothing of a study
+        if _is_quick_start(name):
+            before[name] = []
             continue
         before[name] = [previous]
         previous = name
     return before
+
+
+def _is_quick_start(name: str) -> bool:
+    """Whether a notebook stands outside the chain: it needs nothing of a study, and need not take its parameters."""
+    return name.startswith("00_")
 
 
 def marker(study: str, stage: str) -> Path:
@@ -162,7 +167,8 @@ def run_notebook(notebook: Path, study: Study) -> Path:
 
     name = notebook.stem
     source = nbformat.read(notebook, as_version=4)
-    if not any("parameters" in cell.metadata.get("tags", []) for cell in source.cells):
+    tagged = any("parameters" in cell.metadata.get("tags", []) for cell in source.cells)
+    if not tagged and not _is_quick_start(name):
         raise ValueError(f"notebook '{name}' has no cell tagged 'parameters', so a study cannot be given to it")
     started, digest = time.time(), sha256_file(notebook)
     target = paths.results(study.study) / "notebooks" / f"{name}.ipynb"
@@ -170,7 +176,8 @@ def run_notebook(notebook: Path, study: Study) -> Path:
     marker(study.study, name).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="gcnet-") as scratch:
         output = Path(scratch) / f"{name}.ipynb"
-        reason = _execute(notebook, output, study, Path(scratch))
+        parameters = study.model_dump(mode="json") if tagged else None
+        reason = _execute(notebook, output, parameters, Path(scratch))
         if output.exists():
             executed = nbformat.read(output, as_version=4)
             if reason == _DIED:
@@ -196,7 +203,7 @@ def is_params_file(study: Study) -> bool:
         return False
 
 
-def _execute(notebook: Path, output: Path, study: Study, scratch: Path) -> str | None:
+def _execute(notebook: Path, output: Path, parameters: dict[str, Any] | None, scratch: Path) -> str | None:
     """Run papermill, which writes `output`; returns why it stopped early, None if nothing was raised."""
     import papermill
     from nbclient.exceptions import CellControlSignal, DeadKernelError
@@ -216,7 +223,7 @@ def _execute(notebook: Path, output: Path, study: Study, scratch: Path) -> str |
             papermill.execute_notebook(
                 # papermill formats paths, so a brace in one must be doubled
                 *(str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, output)),
-                parameters=study.model_dump(mode="json"), kernel_name=KERNEL, cwd=str(paths.project()),
+                parameters=parameters, kernel_name=KERNEL, cwd=str(paths.project()),
                 progress_bar=False, start_timeout=180, iopub_timeout=120, config=config,
             )  # fmt: skip
     except PapermillExecutionError as error:

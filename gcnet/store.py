@@ -15,7 +15,6 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,6 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@cache
 def _git() -> tuple[str, bool]:
     folder = Path(__file__).resolve().parent.parent
 
@@ -74,6 +72,10 @@ def _git() -> tuple[str, bool]:
         return "unknown", False
 
 
+# Asked for when the code is loaded: the files may change while a long run goes on.
+_CODE = _git()
+
+
 def provenance() -> dict[str, Any]:
     """What produced a result: code version, package versions, machine, peak memory of this process (MiB)."""
     import numpy
@@ -82,7 +84,7 @@ def provenance() -> dict[str, Any]:
 
     from gcnet import __version__
 
-    sha, dirty = _git()
+    sha, dirty = _CODE
     return {
         "git_sha": sha,
         "git_dirty": dirty,

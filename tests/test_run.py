@@ -126,6 +126,12 @@ def test_the_marker_comes_last(project: Path) -> None:
         assert marker.stat().st_ctime_ns >= executed(project, "00_ok").stat().st_ctime_ns
 
 
+def test_the_quick_start_may_take_no_parameters(project: Path) -> None:
+    source = write_notebook(project, "00_quick", "print('study' in globals())", parameters=None)
+    assert printed(run.run_notebook(source, Study.load("tiny"))) == ["False"]
+    assert run.marker("tiny", "00_quick").exists()
+
+
 # --- a notebook that does not ---
 
 
@@ -233,14 +239,14 @@ def running(pid: int) -> bool:
         (["00_ok", "--study", "tiny", "-p", "width", "[1"], "value '[1' of parameter 'width' is not YAML"),
         (["00_ok", "--study", "tiny", "-p", "network", "vgg"], "unknown network 'vgg'"),
         (["00_ok", "--study", "other"], "says study: tiny"),
-        (["00_plain", "--study", "tiny"], "no cell tagged 'parameters'"),
+        (["01_plain", "--study", "tiny"], "no cell tagged 'parameters'"),
     ],
 )
 def test_bad_input_is_one_line_and_runs_nothing(
     project: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], says: str
 ) -> None:
     write_notebook(project, "00_ok", "open('ran', 'w')")
-    write_notebook(project, "00_plain", "open('ran', 'w')", parameters=None)
+    write_notebook(project, "01_plain", "open('ran', 'w')", parameters=None)
     (project / "params" / "other.yaml").write_text(STUDY)
     assert main(["run", *arguments]) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line]

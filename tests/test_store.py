@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -267,8 +268,20 @@ def test_two_processes_that_compute_the_same_return_the_same() -> None:
     assert not list(paths.runs().glob("*.corrupt-*"))
 
 
+def _slow_disk() -> None:
+    """Every small file takes a moment to be written, so that whoever looks in between sees that it is not there."""
+    write = Path.write_text
+
+    def slowly(path: Path, *what: object, **how: object) -> int:
+        time.sleep(0.002)
+        return write(path, *what, **how)
+
+    Path.write_text = slowly
+
+
 def _crowd(gate: multiprocessing.Barrier, count: int) -> None:
     store.provenance = _provenance
+    _slow_disk()
     try:
         for number in range(count):
             gate.wait(60)

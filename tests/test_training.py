@@ -203,6 +203,18 @@ def test_one_step_is_gradient_descent_on_the_smoothed_cross_entropy() -> None:
     assert history[0]["accuracy"] == pytest.approx((logits.argmax(1) == data().labels).double().mean().item())
 
 
+def test_the_schedule_goes_on_from_epoch_to_epoch() -> None:
+    model, by_hand = net(dropout=0), net(dropout=0)
+    fit(model, Recipe(**{**PLAIN.__dict__, "epochs": 4}))
+    for rate in (0.1, 0.1, 0.01, 0.001):
+        by_hand.zero_grad()
+        F.cross_entropy(by_hand(data().images), data().labels).backward()
+        with torch.no_grad():
+            for parameter in by_hand.parameters():
+                parameter -= rate * parameter.grad
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(model.parameters(), by_hand.parameters(), strict=True))
+
+
 def test_a_penalty_adds_its_gradient() -> None:
     plain, pushed = net(dropout=0), net(dropout=0)
     fit(plain, PLAIN)
