@@ -22,6 +22,9 @@ NOTEBOOKS := $(sort $(basename $(notdir $(wildcard notebooks/[0-9][0-9]_*.ipynb)
 RECENT := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 FIND_PYTHON := for python in python3 python3.13 python3.12 python3.11; do \
 	$$python $(RECENT) 2> /dev/null && echo $$python && break; done
+NEEDED := torch torchvision numpy pandas sklearn pydantic yaml safetensors PIL matplotlib seaborn papermill ipykernel
+LACKING := -c 'import sys, importlib.util as u; lack = [n for n in sys.argv[1:] if not u.find_spec(n)]; \
+	sys.exit(bool(lack) and "python lacks: " + ", ".join(lack))' $(NEEDED)
 IMPORTABLE := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"
 
 ifdef PYTHON
@@ -67,6 +70,7 @@ env: $(ENV)  ## build .venv from requirements.lock (about 6 GB)
 
 existing:
 	@$(PY) $(RECENT) || { echo "PYTHON=$(PY) does not run or is older than python 3.11" >&2; exit 1; }
+	@$(PY) $(LACKING) || { echo "PYTHON=$(PY) needs the packages of pyproject.toml" >&2; exit 1; }
 
 # --- the chain: a stage is done when its marker is newer than all it was made from ----------------------------------
 
@@ -87,7 +91,8 @@ $(foreach name,$(filter-out 00_%,$(NOTEBOOKS)),\
 	$(eval $(DONE)/$(name).json: $(DONE)/$(before).json)$(eval before := $(name)))
 
 status:  ## which stages of the study are done or stale, and why
-	@python=$$(command -v "$(PY)" || { $(FIND_PYTHON); }); $$python -m gcnet status --study $(STUDY)
+	@if command -v "$(PY)" > /dev/null; then $(PY) -m gcnet status --study $(STUDY); \
+	else echo "nothing has run yet: $(PY) is not there (make reproduce builds it)"; fi
 
 # --- development ----------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from gcnet import paths, run
+from gcnet.connectivity import SIMILARITIES
+from gcnet.data import DATASETS
 from gcnet.errors import unknown
+from gcnet.hybrid import HYBRIDS
+from gcnet.networks import NETWORKS
+from gcnet.pruning import PRUNERS
+from gcnet.shifts import CORRUPTIONS, NATURAL_SHIFTS
+from gcnet.study import Study
+from gcnet.sweep import pool, sweep
+from gcnet.training import pick_device
 
 INTERRUPTED = 130
 
@@ -79,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _study(options: argparse.Namespace) -> Any:
+def _study(options: argparse.Namespace) -> Study:
     return run.load_study(options.study, dict(run.parse_override(*pair) for pair in options.overrides))
 
 
@@ -109,9 +118,6 @@ def _sweep(options: argparse.Namespace) -> int:
     if options.jobs is not None and options.jobs < 1:
         raise ValueError(f"--jobs {options.jobs}: at least one worker process is needed")
     study = _study(options)
-    from gcnet.sweep import pool, sweep
-    from gcnet.training import pick_device
-
     # Every worker on a GPU holds its own context, about half a gigabyte, and they share its speed.
     jobs = options.jobs or (cores() if pick_device(study.device).type == "cpu" else min(4, cores()))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
@@ -166,13 +172,6 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
-    from gcnet.connectivity import SIMILARITIES
-    from gcnet.data import DATASETS
-    from gcnet.hybrid import HYBRIDS
-    from gcnet.networks import NETWORKS
-    from gcnet.pruning import PRUNERS
-    from gcnet.shifts import CORRUPTIONS, NATURAL_SHIFTS
-
     registries = {
         "data sets": [*DATASETS, "image_folder:PATH"],
         "networks": [*NETWORKS, "torchvision:NAME"],

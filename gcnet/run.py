@@ -15,16 +15,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from gcnet import paths
 from gcnet.errors import unknown
 from gcnet.store import atomic_write, provenance, sha256_file
+from gcnet.study import Study
 
-# papermill, nbformat, pydantic and torch are imported where they are used: errors in names and `status` come at once,
-# and do not need them.
+# papermill and nbformat are imported where they are used: they take a second, and most commands do without.
 if TYPE_CHECKING:
     from nbformat import NotebookNode
-
-    from gcnet.study import Study
 
 KERNEL = "python3"
 # A path of a Unix socket holds 107 characters on Linux; the longest one in the scratch folder ends in /k-ipc-5.
@@ -47,8 +47,6 @@ def studies() -> list[str]:
 
 def load_study(name: str, overrides: dict[str, Any] | None = None) -> Study:
     """The validated study of a params file; its `study:` must be the file's name, or results would mix."""
-    from gcnet.study import Study
-
     study = Study.load(name, **(overrides or {}))
     if "study" not in (overrides or {}) and study.study != Path(name).stem:
         raise ValueError(f"params file '{name}' says study: {study.study}; write study: {Path(name).stem}")
@@ -57,10 +55,6 @@ def load_study(name: str, overrides: dict[str, Any] | None = None) -> Study:
 
 def parse_override(key: str, text: str) -> tuple[str, Any]:
     """(key, value typed as YAML): 'true' is a bool, '0.5' a float, '[1, 2]' a list. Raises ValueError."""
-    import yaml
-
-    from gcnet.study import Study
-
     if key not in Study.model_fields:
         raise unknown("parameter", key, Study.model_fields)
     try:
@@ -195,8 +189,6 @@ def run_notebook(notebook: Path, study: Study) -> Path:
 
 def is_params_file(study: Study) -> bool:
     """Whether these are the parameters of `params/<study>.yaml` (on whatever device)."""
-    from gcnet.study import Study
-
     try:
         return Study.load(study.study, device=study.device) == study
     except (FileNotFoundError, ValueError):

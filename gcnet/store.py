@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import logging
@@ -14,7 +16,6 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def used_code() -> dict[str, int]:
     return dict(sorted(_USED.items()))
 
 
-@contextmanager
+@contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, renamed over it only on success: readers see the old file or the new.
 
@@ -124,23 +125,25 @@ class Store:
     def find(self, kind: str, inputs: dict[str, Any]) -> Path | None:
         """The entry's folder if it is complete and its checksums hold, else None (a corrupt one is set aside)."""
         folder = self.root / self.key(kind, inputs)
+        if not (folder / "entry.json").exists():
+            return None
         try:
-            entry = json.loads((folder / "entry.json").read_text(encoding="utf-8"))
+            entry = read_json(folder / "entry.json")
+            made_by = entry["provenance"]["git_sha"] + ("+dirty" if entry["provenance"]["git_dirty"] else "")
             intact = all(sha256_file(folder / name) == digest for name, digest in entry["files"].items())
-        except FileNotFoundError:
-            intact = False
-            if not (folder / "entry.json").exists():
-                return None
-        except (json.JSONDecodeError, KeyError, OSError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             intact = False
         if intact:
-            made_by = entry["provenance"]
-            _USED[made_by["git_sha"] + ("+dirty" if made_by["git_dirty"] else "")] += 1
+            _USED[made_by] += 1
             return folder
-        aside = folder.with_name(f"{folder.name}.corrupt-{uuid.uuid4().hex[:6]}")
-        folder.rename(aside)
-        log.warning("store entry %s does not match its checksums: set aside as %s, computing again", folder, aside.name)
+        log.warning("store entry %s does not match its checksums: set aside, computing again", folder)
+        self._set_aside(folder)
         return None
+
+    @staticmethod
+    def _set_aside(folder: Path) -> None:
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            folder.rename(folder.with_name(f"{folder.name}.corrupt-{uuid.uuid4().hex[:6]}"))
 
     def once(self, kind: str, inputs: dict[str, Any], compute: Callable[[Path], None]) -> Path:
         """The entry's folder, computed by `compute(folder)` only if no earlier run left it.
@@ -156,13 +159,17 @@ class Store:
         partial = self._claim(final.name)
         started = time.perf_counter()
         compute(partial)
+        for leftover in partial.glob(".*"):  # a temporary file of a run that was killed
+            leftover.unlink()
         files = {p.name: sha256_file(p) for p in sorted(partial.iterdir()) if p.is_file() and p.name != "owner"}
         entry = {"kind": kind, "inputs": inputs, "files": files, "provenance": provenance()}
         entry["wall_s"] = round(time.perf_counter() - started, 3)
-        (partial / "owner").unlink(missing_ok=True)
         write_json(partial / "entry.json", entry)
+        if final.exists() and not (final / "entry.json").exists():
+            self._set_aside(final)
         try:
             partial.rename(final)
+            (final / "owner").unlink(missing_ok=True)
         except OSError:  # somebody else finished first (their folder is there and not empty): theirs is the result
             shutil.rmtree(partial, ignore_errors=True)
         result = self.find(kind, inputs)
@@ -174,18 +181,16 @@ class Store:
         """An unfinished folder of this entry: one that a dead process left, or a new one."""
         unfinished = self.root / ".unfinished"
         unfinished.mkdir(parents=True, exist_ok=True)
-        for folder in sorted(unfinished.glob(f"{name}.*")):
-            if not _alive(folder / "owner"):
-                mine = unfinished / f"{name}.{uuid.uuid4().hex[:8]}"
-                try:
-                    folder.rename(mine)  # atomic: of two claimants one fails
-                except OSError:
-                    continue
-                _own(mine)
-                return mine
         mine = unfinished / f"{name}.{uuid.uuid4().hex[:8]}"
-        mine.mkdir()
-        _own(mine)
+        with (self.root / ".lock").open("w") as lock:
+            # A folder and its owner's name appear together to everybody who holds the lock.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            left = [folder for folder in sorted(unfinished.glob(f"{name}.*")) if not _alive(folder / "owner")]
+            if left:
+                left[0].rename(mine)
+            else:
+                mine.mkdir()
+            _own(mine)
         return mine
 
 

@@ -39,7 +39,7 @@ if does == "hang":
 if does == "edit":
     time.sleep(0.05)
     notebook.write_text("ok")
-marker = Path("runs/done") / study / (stage + ".json")
+marker = Path(os.environ.get("GCNET_RUNS", "runs"), "done") / study / (stage + ".json")
 marker.parent.mkdir(parents=True, exist_ok=True)
 temporary = marker.with_suffix(".temporary")
 temporary.write_text('{"seconds": 1, "git_sha": "0123456789", "git_dirty": false}')
@@ -203,6 +203,14 @@ def test_an_unknown_study_names_the_nearest_and_runs_nothing(
     assert not (project / ".venv").exists()
 
 
+def test_what_was_computed_may_lie_elsewhere(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GCNET_RUNS", str(project / "elsewhere"))
+    assert make("reproduce").returncode == 0
+    assert {p.stem for p in (project / "elsewhere" / "done" / "digits").iterdir()} == set(ALL)
+    ran(project)
+    assert (make("reproduce").returncode, ran(project)) == (0, [])
+
+
 def test_claims_are_no_study(project: Path) -> None:
     assert "unknown study 'claims'" in make("reproduce", "STUDY=claims").stderr
 
@@ -222,6 +230,23 @@ def test_an_environment_that_does_not_run_is_said_so(project: Path) -> None:
     assert result.returncode == 2
     assert "PYTHON=/nowhere/python does not run or is older than python 3.11" in result.stderr
     assert ran(project) == []
+
+
+def test_an_environment_without_the_packages_names_them(project: Path) -> None:
+    bare = project / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')  # without site-packages
+    bare.chmod(0o755)
+    result = make("reproduce", python=str(bare))
+    assert result.returncode == 2
+    assert "python lacks: torch, torchvision, numpy" in result.stderr
+    assert ran(project) == []
+
+
+def test_status_without_an_environment_builds_none(project: Path) -> None:
+    result = subprocess.run(["make", "status"], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0
+    assert "nothing has run yet" in result.stdout
+    assert not (project / ".venv").exists()
 
 
 def test_an_old_python_is_refused_before_anything_is_built(project: Path) -> None:

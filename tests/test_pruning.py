@@ -322,14 +322,14 @@ def test_synflow_keeps_a_path_where_one_shot_cuts_a_layer() -> None:
 
 
 def test_what_synflow_removed_does_not_come_back() -> None:
-    """Without its two inputs a hidden unit's output weight scores 0 too; the two stay the ones that are removed."""
+    """First the weakest weight goes, then its unit's output; the unit's other input now scores 0 like those two."""
     model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[0.01, 0.02], [1.0, 1.0], [1.0, 1.0]]))
         model[2].weight.fill_(1.0)
     masks = prune(model, pruner="synflow", sparsity=2 / 9, example_input=torch.zeros(1, 2))
-    assert masks["0.weight"].tolist() == [[False, False], [True, True], [True, True]]
-    assert masks["2.weight"].tolist() == [[True, True, True]]
+    assert masks["0.weight"].tolist() == [[False, True], [True, True], [True, True]]
+    assert masks["2.weight"].tolist() == [[False, True, True]]
 
 
 def test_networks_without_running_statistics_are_taken() -> None:

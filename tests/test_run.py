@@ -314,3 +314,18 @@ def test_list_names_every_registry(project: Path, capsys: pytest.CaptureFixture[
 def test_sweep_refuses_no_workers(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sweep", "--study", "tiny", "--jobs", "0"]) == 2
     assert "--jobs 0" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_sweep_lists_what_failed_and_marks_only_success(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["-p", "shifts", "[fog]", "-p", "severities", "[1]", "-p", "flops_similarities", "[pearson]"]
+    assert main(["sweep", "--study", "tiny", "--jobs", "1", *small, "-p", "dataset", "image_folder:nowhere"]) == 1
+    failed = capsys.readouterr().err
+    assert failed.count("nowhere") == 1, "the same error of many tasks is printed once"
+    assert "dense: 0" in failed
+    assert not run.marker("tiny", "sweep").exists()
+
+    quick = "epochs: 1\nfinetune_epochs: 0\nsparsities: [0.5]\npruners: [l1]\nshifts: [fog]\nseverities: [1]\n"
+    (project / "params" / "tiny.yaml").write_text(STUDY + quick + "flops_similarities: [pearson]\nshift_images: 50\n")
+    assert main(["sweep", "--study", "tiny", "--jobs", "1"]) == 0
+    assert json.loads(run.marker("tiny", "sweep").read_text())["study"]["epochs"] == 1
