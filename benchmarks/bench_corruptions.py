@@ -8,7 +8,6 @@ versions; corruptions that fail even there are left out of the sum on both sides
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import subprocess
@@ -26,7 +25,6 @@ from gcnet.shifts import CORRUPTIONS, corrupt
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = ROOT / ".bench-env" / "imagecorruptions"
-RESULT = ROOT / "results" / "benchmarks" / "corruptions.csv"
 PEER = "imagecorruptions 1.1.2"
 COLUMNS = ("case", "ours_s", "peer", "peer_s", "ratio", "target")
 TARGET = 20.0
@@ -164,21 +162,3 @@ def _peer_python() -> Path:
             )
     ready.write_text(wanted)
     return python
-
-
-def write(rows: list[dict], path: Path = RESULT) -> None:
-    """Rows as CSV, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(part, path)
-
-
-if __name__ == "__main__":
-    result = run(quick="--quick" in sys.argv[1:])
-    write(result)
-    for row in result:
-        print("  ".join(f"{column} {row[column]}" for column in COLUMNS))

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import logging
 import multiprocessing
-import os
 import signal
 import sys
 import time
@@ -26,7 +25,7 @@ from gcnet.networks import NETWORKS
 from gcnet.pruning import PRUNERS
 from gcnet.shifts import CORRUPTIONS, NATURAL_SHIFTS
 from gcnet.study import Study
-from gcnet.sweep import pool, sweep
+from gcnet.sweep import cores, pool, sweep
 from gcnet.training import pick_device
 
 INTERRUPTED = 130
@@ -107,11 +106,6 @@ def _run(options: argparse.Namespace) -> int:
     shown = executed.relative_to(paths.project())
     print(f"{notebook.stem}: done in {time.perf_counter() - started:.0f} s: {shown}", flush=True)
     return 0
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _sweep(options: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> ValueError:
     """The ValueError to raise for a name that is in no registry, with the nearest name that is."""
     names = sorted(map(str, known))
     lower = {n.lower(): n for n in names}
-    near = get_close_matches(str(name).lower(), lower, n=1, cutoff=0.5)
+    wanted = str(name).lower()
+    near = [n for n in lower if wanted and n.startswith(wanted)] or get_close_matches(wanted, lower, n=1, cutoff=0.5)
     hint = f" did you mean '{lower[near[0]]}'?" if near else ""
     return ValueError(f"unknown {kind} '{name}';{hint} known: {', '.join(names)}")

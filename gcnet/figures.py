@@ -75,7 +75,8 @@ def with_methods(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with a column `method`, in the order dense, direct, Full, FH, BH, B25, then other similarities."""
     names = [method(h, s) for h, s in zip(rows.hybrid, rows.similarity, strict=True)]
     order = ["dense", "direct", *[h for h in COLORS if h not in ("none", "direct")]]
-    order += sorted({n for n in names if n not in order}, key=lambda n: order.index(n.split(" ")[0]))
+    rank = {name: number for number, name in enumerate(order)}
+    order += sorted({n for n in names if n not in order}, key=lambda n: (rank.get(n.split(" ")[0], len(rank)), n))
     kinds = [n for n in order if n in set(names)]
     return rows.assign(method=pd.Categorical(names, kinds, ordered=True))
 
@@ -83,7 +84,7 @@ def with_methods(rows: pd.DataFrame) -> pd.DataFrame:
 def _look(name: str) -> dict[str, Any]:
     base = "none" if name == "dense" else name.split(" ")[0]
     hollow = {"markerfacecolor": "white"} if " " in name else {}
-    return {"color": COLORS[base], "marker": MARKERS[base], **hollow}
+    return {"color": COLORS.get(base, "#009E73"), "marker": MARKERS.get(base, "D"), **hollow}
 
 
 def _grid(count: int, columns: int, cell: tuple[float, float], **options: Any) -> tuple[Figure, list[Axes]]:
@@ -320,8 +321,8 @@ def hybrid_maps(plans: Mapping[str, Mapping[str, str]], kept: Mapping[str, Mappi
     sns.despine(ax=axis, left=True, bottom=True)
     axis.set_xlabel("weighted layer, in execution order")
     axis.set_title(title)
-    handles = [Patch(color=DIRECT_COLOR, label="pruned directly"), Patch(color=GUIDED_COLOR, label="guided by the ghost"),
-               Patch(color="lightgrey", label="filled height: share kept")]  # fmt: skip
+    meaning = {"pruned directly": DIRECT_COLOR, "guided by the ghost": GUIDED_COLOR, "filled height: share kept": "0.8"}
+    handles = [Patch(color=color, label=label) for label, color in meaning.items()]
     axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, -0.22 - 0.1 / len(plans)), ncols=3, fontsize=8)
     return figure
 

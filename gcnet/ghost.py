@@ -24,6 +24,11 @@ def expand(connectivity: Tensor, weight: Tensor) -> Tensor:
     return connectivity.to(weight).view(shape).expand(weight.shape).contiguous()
 
 
+def check_batchnorm(batchnorm: str) -> None:
+    if batchnorm not in ("identity", "original"):
+        raise ValueError(f"batchnorm must be identity or original, got '{batchnorm}'")
+
+
 @torch.no_grad()
 def build_ghost(model: nn.Module, connectivity: Mapping[str, Tensor], *, batchnorm: str = "identity") -> nn.Module:
     """The companion network: same modules, weights = connectivity expanded over the kernels.
@@ -33,8 +38,7 @@ def build_ghost(model: nn.Module, connectivity: Mapping[str, Tensor], *, batchno
     the original's weights (choice: only the flow of SynFlow through the ghost sees them, they are pruned directly).
     The model is not changed. Raises ValueError when a matrix does not fit its layer.
     """
-    if batchnorm not in ("identity", "original"):
-        raise ValueError(f"batchnorm must be identity or original, got '{batchnorm}'")
+    check_batchnorm(batchnorm)
     ghost = copy.deepcopy(model).eval()
     for name, module in ghost.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -12,9 +13,19 @@ from torch import Tensor, nn
 
 from gcnet.connectivity import connectivity as measure_connectivity
 from gcnet.errors import unknown
-from gcnet.ghost import build_ghost
+from gcnet.ghost import build_ghost, check_batchnorm
 from gcnet.graph import LayerGraph, layer_graph
-from gcnet.pruning import Masks, check_sparsity, collapsed_layers, prune, pruned_count, sparsity, summary, weight_name
+from gcnet.pruning import (
+    PRUNERS,
+    Masks,
+    check_sparsity,
+    collapsed_layers,
+    prune,
+    pruned_count,
+    sparsity,
+    summary,
+    weight_name,
+)
 
 Role = Literal["direct", "guided"]
 
@@ -28,6 +39,16 @@ HYBRIDS: dict[str, tuple[str, float]] = {
 }
 
 
+def side_and_share(hybrid: str) -> tuple[str, float]:
+    """("front" or "back", share of the layers the ghost guides) of a hybrid's name. Raises ValueError if unknown."""
+    if hybrid in HYBRIDS:
+        return HYBRIDS[hybrid]
+    match = re.fullmatch(r"([FB])(\d{1,2}|100)", hybrid)
+    if match is None:
+        raise unknown("hybrid", hybrid, [*HYBRIDS, "F<percent>", "B<percent>"])
+    return ("front" if match[1] == "F" else "back"), int(match[2]) / 100
+
+
 def split(graph: LayerGraph, hybrid: str | Sequence[str]) -> dict[str, Role]:
     """{layer: "direct" or "guided"} in execution order.
 
@@ -37,12 +58,7 @@ def split(graph: LayerGraph, hybrid: str | Sequence[str]) -> dict[str, Role]:
     """
     layers = graph.layers
     if isinstance(hybrid, str):
-        if hybrid in HYBRIDS:
-            side, share = HYBRIDS[hybrid]
-        elif (match := re.fullmatch(r"([FB])(\d{1,2}|100)", hybrid)) is not None:
-            side, share = ("front" if match[1] == "F" else "back"), int(match[2]) / 100
-        else:
-            raise unknown("hybrid", hybrid, [*HYBRIDS, "F<percent>", "B<percent>"])
+        side, share = side_and_share(hybrid)
         count = round(share * len(layers))
         guided = set(layers[:count] if side == "front" else layers[len(layers) - count :])
     else:
@@ -82,6 +98,9 @@ def hybrid_masks(
     direct pruning of the whole network does (choice). Source: GC-Net, Fig. 1 (green, yellow and red modules), Fig. 3.
     """
     plan = split(graph, hybrid)
+    missing = [layer for layer, role in plan.items() if role == "guided" and layer not in connectivity]
+    if missing:
+        raise ValueError(f"no connectivity given for the guided layers {', '.join(missing)}")
     parts: dict[Role, list[str]] = {"direct": [], "guided": []}
     for layer, role in plan.items():
         parts[role].append(layer)
@@ -123,6 +142,9 @@ def ghost_prune(
     Raises ValueError for unknown names, a sparsity outside [0, 1), fewer than 2 images, a model that cannot be traced.
     """
     check_sparsity(sparsity)
+    if pruner not in PRUNERS:
+        raise unknown("pruner", pruner, PRUNERS)
+    check_batchnorm(batchnorm)
     batches = iter(batches)
     first = next(batches, None)
     if first is None:
@@ -131,8 +153,6 @@ def ghost_prune(
     graph = layer_graph(model, example, residual=residual)
     needed = "guided" in split(graph, hybrid).values()
     if needed and connectivity is None:
-        from itertools import chain
-
         connectivity = measure_connectivity(
             model, chain([first], batches), similarity=similarity, tap=tap, classwise=classwise, absolute=absolute,
             graph=graph, seed=seed,

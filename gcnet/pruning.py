@@ -106,7 +106,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
 def _checked(scores: Mapping[str, Tensor]) -> None:
     for name, score in scores.items():
         if not bool(torch.isfinite(score).all()):
-            raise FloatingPointError(f"the pruning scores of '{name}' are not finite")
+            raise FloatingPointError(f"'{name}': weights or pruning scores are not finite (NaN or infinity)")
 
 
 def keep_top(flat: Tensor, kept: int) -> Tensor:
@@ -192,6 +192,22 @@ _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn
                 nn.LeakyReLU, nn.ELU, nn.Mish, nn.Dropout)  # fmt: skip
 
 
+class _Slope(nn.Module):
+    """BatchNorm as a positive factor a channel."""
+
+    def __init__(self, norm: nn.modules.batchnorm._BatchNorm) -> None:
+        super().__init__()
+        slope = torch.ones(norm.num_features, dtype=torch.float64, device=next(norm.buffers(), torch.empty(0)).device)
+        if norm.running_var is not None:  # without running statistics: unit variance
+            slope = (norm.running_var.double() + norm.eps).rsqrt()
+        if norm.weight is not None:
+            slope = slope.to(norm.weight.device) * norm.weight.detach().double().abs()
+        self.register_buffer("slope", slope)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.slope.view(1, -1, *[1] * (x.ndim - 2))
+
+
 def linearized(model: nn.Module) -> nn.Module:
     """A float64 copy in eval mode with |parameters|, BatchNorm as a positive slope, no biases, no saturation.
 
@@ -200,20 +216,16 @@ def linearized(model: nn.Module) -> nn.Module:
     """
     twin = copy.deepcopy(model).double().eval()
     for name, module in list(twin.named_modules()):
+        replacement: nn.Module | None = None
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            slope = (module.running_var + module.eps).rsqrt()
-            if module.affine:
-                module.weight.data.copy_(module.weight.data.abs() * slope)
-                module.bias.data.zero_()
-                module.running_var.fill_(1 - module.eps)
-            else:
-                module.running_var.copy_(slope.square().reciprocal() - module.eps)
-            module.running_mean.zero_()
-        elif isinstance(module, _ACTIVATIONS) and name:
-            parent, _, child = name.rpartition(".")
-            setattr(twin.get_submodule(parent), child, nn.Identity())
-        elif getattr(module, "bias", None) is not None and isinstance(module.bias, nn.Parameter):
+            replacement = _Slope(module)
+        elif isinstance(module, _ACTIVATIONS):
+            replacement = nn.Identity()
+        elif isinstance(getattr(module, "bias", None), nn.Parameter):
             module.bias.data.zero_()
+        if replacement is not None and name:
+            parent, _, child = name.rpartition(".")
+            setattr(twin.get_submodule(parent), child, replacement)
     for parameter in twin.parameters():
         parameter.data.abs_()
         parameter.requires_grad_(True)
@@ -296,7 +308,10 @@ def prune(
     layers = prunable_layers(model) if layers is None else tuple(layers)
     if not layers:
         raise ValueError("there is no Conv2d or Linear layer to prune")
-    total = sum(weight.numel() for weight in weights(model, layers).values())
+    found = weights(model, layers)
+    if pruner != "random":
+        _checked(found)
+    total = sum(weight.numel() for weight in found.values())
     count = pruned_count(total, sparsity) if pruned is None else pruned
     return PRUNERS[pruner](model, layers, Context(example_input, seed), count)
 

@@ -143,9 +143,7 @@ class Draws:
     Numbers have 16 bits: enough for 8-bit images, and four come out of one 64-bit hash. [choice]
     """
 
-    def __init__(
-        self, seed: int, name: str, severity: int, first: int, count: int, device: torch.device
-    ) -> None:
+    def __init__(self, seed: int, name: str, severity: int, first: int, count: int, device: torch.device) -> None:
         self.count, self.device, self._used = count, device, 0
         base = torch.tensor([_signed(seed), zlib.crc32(name.encode()), severity], dtype=torch.int64)
         key = torch.zeros((), dtype=torch.int64)
@@ -296,9 +294,7 @@ def _sample(levels: Tensor, x: Tensor, y: Tensor, *, around_pixels: bool) -> Ten
         grid = torch.stack((x * (2 / (width - 1)) - 1, y * (2 / (height - 1)) - 1), -1)
     else:
         grid = torch.stack(((x + 0.5) * (2 / width) - 1, (y + 0.5) * (2 / height) - 1), -1)
-    return F.grid_sample(
-        levels, grid, mode="bilinear", padding_mode="reflection", align_corners=around_pixels
-    )
+    return F.grid_sample(levels, grid, mode="bilinear", padding_mode="reflection", align_corners=around_pixels)
 
 
 # ---- noise -------------------------------------------------------------------------------------------------
@@ -367,9 +363,7 @@ def defocus_blur(images: Tensor, draw: Draws, scale: float, radius: float, alias
     return _quantise(_filter(images.to(torch.float32), disk[0, 0], "reflect"))
 
 
-def glass_blur(
-    images: Tensor, draw: Draws, scale: float, sigma: float, reach: float, rounds: float
-) -> Tensor:
+def glass_blur(images: Tensor, draw: Draws, scale: float, sigma: float, reach: float, rounds: float) -> Tensor:
     """Frosted glass: smooth, let every pixel take a random near one's value, `rounds` times, smooth again.
 
     Pixels are visited from the bottom right to the top left, and each takes what its partner, at most `reach`
@@ -383,9 +377,7 @@ def glass_blur(
     levels = _quantise(_filter(images.to(torch.float32), kernel, "replicate"))
     for _ in range(int(rounds)):
         source = _near_sources(draw, *images.shape[2:], reach)
-        levels = (
-            levels.flatten(2).gather(2, source.unsqueeze(1).expand(-1, levels.shape[1], -1)).view_as(levels)
-        )
+        levels = levels.flatten(2).gather(2, source.unsqueeze(1).expand(-1, levels.shape[1], -1)).view_as(levels)
     return _quantise(_filter(levels.to(torch.float32), kernel, "replicate"))
 
 
@@ -401,9 +393,7 @@ def _near_sources(draw: Draws, height: int, width: int, reach: int) -> Tensor:
         return place.expand(draw.count, -1)
     moves = (draw.integers(2, rows, columns).to(torch.int64) * (2 * reach) >> 16) - reach
     source = place.view(1, height, width).repeat(draw.count, 1, 1)
-    source[:, reach + 1 : height - reach + 1, reach + 1 : width - reach + 1] += (
-        moves[:, 0] * width + moves[:, 1]
-    )
+    source[:, reach + 1 : height - reach + 1, reach + 1 : width - reach + 1] += moves[:, 0] * width + moves[:, 1]
     source = source.flatten(1)
     if reach == 1:  # every move goes up or left, to pixels not visited yet
         return source
@@ -525,9 +515,7 @@ def contrast(images: Tensor, draw: Draws, scale: float, factor: float) -> Tensor
     return _quantise((images - mean) * factor + mean)
 
 
-def elastic_transform(
-    images: Tensor, draw: Draws, scale: float, stretch: float, sigma: float, jitter: float
-) -> Tensor:
+def elastic_transform(images: Tensor, draw: Draws, scale: float, stretch: float, sigma: float, jitter: float) -> Tensor:
     """A rubber sheet: a random affine map, then displacements by smoothed noise.
 
     jitter: px by which the three points that define the affine map move; stretch: amplitude of the
@@ -706,9 +694,7 @@ def _check_images(images: Tensor) -> None:
         raise TypeError(f"images are {kind}: must be a torch.uint8 tensor (N, C, H, W)")
     shape = tuple(images.shape)
     if len(shape) != 4 or shape[1] not in (1, 3) or min(shape[2:]) < _SMALLEST:
-        raise ValueError(
-            f"images have shape {shape}: must be (N, C, H, W), C 1 or 3, H and W at least {_SMALLEST}"
-        )
+        raise ValueError(f"images have shape {shape}: must be (N, C, H, W), C 1 or 3, H and W at least {_SMALLEST}")
 
 
 def load_cifar_c(folder: str | Path, name: str, severity: int) -> tuple[Tensor, Tensor]:
@@ -734,9 +720,7 @@ def load_cifar_c(folder: str | Path, name: str, severity: int) -> tuple[Tensor, 
 def _open_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """A .npy file, memory-mapped, after its shape and type were checked."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing: CIFAR-10-C has one NAME.npy a corruption, and labels.npy"
-        )
+        raise FileNotFoundError(f"{path} is missing: CIFAR-10-C has one NAME.npy a corruption, and labels.npy")
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError as error:

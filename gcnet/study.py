@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,6 +78,18 @@ class Study(BaseModel):
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _yes_and_no_are_no_numbers(cls, values: dict[str, Any]) -> dict[str, Any]:
+        # YAML reads yes, no, on and off as booleans, and pydantic would read those as 1 and 0.
+        for name, value in values.items():
+            field = cls.model_fields.get(name)
+            if field and field.annotation is not bool:
+                for item in value if isinstance(value, (list, tuple)) else [value]:
+                    if isinstance(item, bool):
+                        raise ValueError(f"{name}: '{item}' is a truth value (yes, no, on, off are too in YAML)")
+        return values
+
     @field_validator("sparsities")
     @classmethod
     def _sparsities_in_range(cls, values: tuple[float, ...]) -> tuple[float, ...]:
@@ -98,7 +111,7 @@ class Study(BaseModel):
         # Imported here: study.py stands above every registry it checks against.
         from gcnet.connectivity import SIMILARITIES
         from gcnet.data import DATASETS
-        from gcnet.hybrid import HYBRIDS
+        from gcnet.hybrid import side_and_share
         from gcnet.networks import NETWORKS
         from gcnet.pruning import PRUNERS
         from gcnet.shifts import CORRUPTIONS, NATURAL_SHIFTS
@@ -114,8 +127,9 @@ class Study(BaseModel):
             check("network", [self.network], NETWORKS)
         check("pruner", [*self.pruners, self.flops_pruner], PRUNERS)
         check("similarity", [*self.guidance, *self.flops_similarities], SIMILARITIES)
-        for hybrids in self.guidance.values():
-            check("hybrid", hybrids, [h for h in HYBRIDS if h != "direct"])
+        for name in chain.from_iterable(self.guidance.values()):
+            if side_and_share(name)[1] == 0:
+                raise ValueError(f"guidance: '{name}' guides no layer; direct pruning always runs")
         check("shift", self.shifts, [*CORRUPTIONS, "all"])
         check("natural shift", self.natural_shifts, NATURAL_SHIFTS)
         return self
@@ -138,10 +152,16 @@ class Study(BaseModel):
             path = paths.params() / f"{path}.yaml"
         if not path.exists():
             raise FileNotFoundError(str(unknown("study", path.stem, (p.stem for p in path.parent.glob("*.yaml")))))
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not valid YAML: {error}") from None
         if not isinstance(values, dict):
             raise ValueError(f"{path}: a study file is a mapping of parameters, got {type(values).__name__}")
-        return cls.create(**{**values, **overrides})
+        try:
+            return cls.create(**{**values, **overrides})
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     @classmethod
     def create(cls, **values: Any) -> Study:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from typing import Any
 
 import torch
@@ -28,8 +29,20 @@ from gcnet.study import Study
 log = logging.getLogger("gcnet")
 
 
-def _threads(count: int) -> None:
-    torch.set_num_threads(count)
+def _start_worker(threads: int, parent: int) -> None:
+    torch.set_num_threads(threads)
+
+    def leave_with_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(2)
+        os._exit(1)  # the sweep was killed: nobody waits for this worker any more
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+
+
+def cores() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_dense(study: Study, seed: int) -> str:
@@ -64,9 +77,9 @@ def run_cell(study: Study, cell: Cell) -> str:
 
 def pool(jobs: int) -> ProcessPoolExecutor:
     """Worker processes that share the machine's cores evenly."""
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    threads = max(1, cores() // jobs)
     context = multiprocessing.get_context("spawn")  # fork and OpenMP threads do not go together
-    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_threads, initargs=(threads,))
+    return ProcessPoolExecutor(jobs, context, initializer=_start_worker, initargs=(threads, os.getpid()))
 
 
 def sweep(study: Study, executor: Executor) -> list[dict[str, Any]]:
@@ -86,9 +99,19 @@ def sweep(study: Study, executor: Executor) -> list[dict[str, Any]]:
 Task = tuple[Callable[..., str], Study, Any]
 
 
+def _submitted(executor: Executor, task: Task) -> Future[str]:
+    """A future of the task; one that has failed where the executor takes no more (a worker of it was killed)."""
+    try:
+        return executor.submit(*task)
+    except RuntimeError as error:  # BrokenExecutor is one
+        future: Future[str] = Future()
+        future.set_exception(error)
+        return future
+
+
 def _stage(tasks: list[Task], executor: Executor, name: str) -> list[dict[str, Any]]:
     started, failures, done = time.perf_counter(), [], 0
-    pending = {executor.submit(*task): (task, 1) for task in tasks}
+    pending = {_submitted(executor, task): (task, 1) for task in tasks}
     while pending:
         for future in as_completed(list(pending)):
             task, attempt = pending.pop(future)
@@ -101,7 +124,7 @@ def _stage(tasks: list[Task], executor: Executor, name: str) -> list[dict[str, A
                 log.info(text, name, done, len(tasks), spent, left, future.result())
             elif attempt == 1:
                 log.warning("%s: %s failed (%s), trying once more", name, task[2], error)
-                pending[executor.submit(*task)] = (task, 2)
+                pending[_submitted(executor, task)] = (task, 2)
             else:
                 log.error("%s: %s failed: %s", name, task[2], error)
                 failures.append({"stage": name, "task": str(task[2]), "error": f"{type(error).__name__}: {error}"})

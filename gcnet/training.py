@@ -166,13 +166,15 @@ def train(
     The order and augmentation of every epoch follow from (seed, epoch) alone. Raises FloatingPointError when the
     loss is not finite, ValueError for masks or a checkpoint of another network.
     """
+    if not len(data):
+        raise ValueError(f"there are no training images in '{data.name}'")
     device = device or next(model.parameters()).device
     pairs = hold(model, masks)
     apply_held(pairs)
     optimizer = _optimizer(model, recipe)
     history: list[dict[str, float]] = []
     if checkpoint and checkpoint.exists():
-        history = _resume(checkpoint, model, optimizer, recipe)
+        history = _resume(checkpoint, model, optimizer, recipe, seed)
     images, labels = data.images.to(device), data.labels.to(device)
     # The last, smaller batch of an epoch is left out (each epoch shuffles anew), unless it is the only one.
     batch_size = min(recipe.batch_size, len(data))
@@ -217,28 +219,38 @@ def train(
         if on_epoch:
             on_epoch(row)
         if checkpoint:
-            _save(checkpoint, model, optimizer, recipe, history)
+            _save(checkpoint, model, optimizer, recipe, seed, history)
     return history
 
 
-def _save(path: Path, model: nn.Module, optimizer: torch.optim.SGD, recipe: Recipe, history: list) -> None:
+def _save(path: Path, model: nn.Module, optimizer: torch.optim.SGD, recipe: Recipe, seed: int, history: list) -> None:
     state = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "recipe": asdict(recipe),
+        "seed": seed,
         "history": history,
     }
     with atomic_write(path) as temporary:
         torch.save(state, temporary)
 
 
-def _resume(path: Path, model: nn.Module, optimizer: torch.optim.SGD, recipe: Recipe) -> list[dict[str, float]]:
+def _resume(
+    path: Path, model: nn.Module, optimizer: torch.optim.SGD, recipe: Recipe, seed: int
+) -> list[dict[str, float]]:
+    damaged = f"checkpoint '{path}' is truncated or of another network"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        written_with = {"recipe": state["recipe"], "seed": state["seed"]}
+    except Exception as error:
+        raise ValueError(f"{damaged}: {error}") from error
+    if state["recipe"] != asdict(recipe):
+        raise ValueError(f"checkpoint '{path}' was written with another recipe: {written_with}")
+    if state["seed"] != seed:
+        raise ValueError(f"checkpoint '{path}' was written with seed {state['seed']}, not {seed}")
+    try:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     except Exception as error:
-        raise ValueError(f"checkpoint '{path}' is truncated or of another network: {error}") from error
-    if state["recipe"] != asdict(recipe):
-        raise ValueError(f"checkpoint '{path}' was written with another recipe: {state['recipe']}")
+        raise ValueError(f"{damaged}: {error}") from error
     return state["history"]

@@ -219,7 +219,7 @@ def test_golden_pixels(name: str) -> None:
 def test_draws_are_uniform_and_independent_of_each_other() -> None:
     draws = shifts.Draws(0, "fog", 1, 0, 64, torch.device("cpu"))
     numbers = draws.integers(4096).to(torch.float64)
-    assert 0 <= numbers.min() and numbers.max() < 65536
+    assert numbers.min() >= 0 and numbers.max() < 65536
     # Standard errors: 1/12 and correlations of 64 * 4096 draws.
     assert float(numbers.mean() / 65536) == pytest.approx(0.5, abs=5 * 0.2887 / 512)
     assert float((numbers / 65536).var()) == pytest.approx(1 / 12, abs=0.001)
@@ -297,9 +297,7 @@ def test_impulse_noise_changes_the_share_of_the_table(severity: int) -> None:
 # ---- blur --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", ["defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "elastic_transform"]
-)
+@pytest.mark.parametrize("name", ["defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "elastic_transform"])
 @pytest.mark.parametrize("severity", [1, 5])
 def test_blurs_keep_a_flat_image(name: str, severity: int) -> None:
     assert torch.equal(corrupt(flat(93), name, severity), flat(93))
@@ -512,9 +510,7 @@ def test_cifar_c_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="severity 0: CIFAR-10-C has integers from 1 to 5"):
         load_cifar_c(tmp_path, "fog", 0)
     np.save(tmp_path / "fog.npy", np.zeros((10, 32, 32, 3), np.uint8))
-    with pytest.raises(
-        ValueError, match=re.escape("uint8 (10, 32, 32, 3): must be uint8 (50000, 32, 32, 3)")
-    ):
+    with pytest.raises(ValueError, match=re.escape("uint8 (10, 32, 32, 3): must be uint8 (50000, 32, 32, 3)")):
         load_cifar_c(tmp_path, "fog", 1)
     (tmp_path / "fog.npy").write_bytes(b"half a file")
     with pytest.raises(ValueError, match=r"fog\.npy is not a whole \.npy file"):
