@@ -397,6 +397,8 @@ def drift_rows(study: Study, seed: int, severity: int = 3) -> list[dict[str, Any
     severity = severity if severity in study.severities else study.severities[-1]
     inputs = {
         "version": VERSIONS["drift"],
+        "corrupted": VERSIONS["corrupted"] if VERSIONS["corrupted"] > 1 else None,
+        "connectivity": VERSIONS["connectivity"] if VERSIONS["connectivity"] > 1 else None,
         "dense": Store.key("dense", _dense_inputs(study, seed)),
         **study.only("split_seed", "shift_images", "severity_table"),
         "tap": study.tap,
@@ -443,6 +445,7 @@ def shift_rows(study: Study, cell: Cell) -> list[dict[str, Any]]:
         made_of = Store.key("dense", _dense_inputs(study, cell.seed))
     inputs = {
         "version": VERSIONS["shift"],
+        "corrupted": VERSIONS["corrupted"] if VERSIONS["corrupted"] > 1 else None,
         "cell": made_of,
         **study.only("split_seed", "shift_images", "severity_table", "severities", "natural_shifts"),
         "shifts": list(study.corruptions),

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -129,8 +130,11 @@ def _torchvision(name: str) -> Reader:
 
 
 def _npz(path: Path) -> Arrays:
-    with np.load(path, allow_pickle=False) as file:
-        images, labels = file["images"], file["labels"]
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images, labels = file["images"], file["labels"]
+    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"'{path}' is damaged or holds no images and labels: {error}") from error
     return images if images.ndim == 4 else images[..., None], labels.astype(np.int64)
 
 
@@ -229,6 +233,10 @@ def _image_folder(folder: Path) -> tuple[dict[str, Arrays], tuple[str, ...]]:
     if held_out is None:
         raise FileNotFoundError(f"'{folder}' has train/ but neither test/ nor val/")
     classes = _subfolders(folder / "train")
+    if len(classes) < 2:
+        raise FileNotFoundError(f"'{folder / 'train'}' holds {len(classes)} class folders; at least two are needed")
+    if extra := sorted(set(_subfolders(held_out)) - set(classes)):
+        raise ValueError(f"'{held_out}' has classes that training does not know: {', '.join(extra)}")
     train, test = _class_folders(folder / "train", classes), _class_folders(held_out, classes)
     if train[0].shape[1:] != test[0].shape[1:]:
         raise ValueError(
@@ -254,6 +262,9 @@ def _tiny_imagenet(root: Path) -> tuple[dict[str, Arrays], tuple[str, ...]]:
     annotations = folder / "val" / "val_annotations.txt"
     if annotations.exists() and not (folder / "val" / classes[0]).is_dir():
         rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines() if line]
+        strangers = sorted({wnid for _, wnid in rows} - set(classes))
+        if strangers:
+            raise ValueError(f"'{annotations}' names classes that wnids.txt does not: {', '.join(strangers)}")
         images = _same_size(_decode([folder / "val" / "images" / file for file, _ in rows]))
         test = images, np.array([classes.index(wnid) for _, wnid in rows], dtype=np.int64)
     else:
@@ -284,7 +295,9 @@ def _resized(images: np.ndarray, image_size: int, channels: int) -> Tensor:
     for start in range(0, len(images), 2048):
         chunk = torch.from_numpy(np.ascontiguousarray(images[start : start + 2048])).permute(0, 3, 1, 2)
         if chunk.shape[1] == 3 and channels == 1:
-            chunk = functional.rgb_to_grayscale(chunk)
+            weights = torch.tensor([299, 587, 114], dtype=torch.int32).view(1, 3, 1, 1)
+            luma = (chunk.int() * weights).sum(1, keepdim=True) + 500  # rounded: a grey image keeps its values
+            chunk = luma.div(1000, rounding_mode="floor").to(torch.uint8)
         elif chunk.shape[1] == 1 and channels == 3:
             chunk = chunk.expand(-1, 3, -1, -1)
         elif chunk.shape[1] != channels:
@@ -322,7 +335,9 @@ def _load_parts(name: str, image_size: int, channels: int, root: Path) -> tuple[
     if name.startswith("image_folder:"):
         folder = Path(name.removeprefix("image_folder:")).expanduser()
         read: Callable[[], tuple[dict[str, Arrays], tuple[str, ...]]] = lambda: _image_folder(folder)  # noqa: E731
-        source = str(folder.resolve())
+        files = sorted(folder.rglob("*")) if folder.is_dir() else []
+        stats = [(str(p), s.st_size, s.st_mtime_ns) for p in files if (s := p.stat())]
+        source = f"{folder.resolve()} {stats}"
     elif name in DATASETS:
         read = lambda: DATASETS[name](root)  # noqa: E731
         source = f"{name}@{root.resolve()}"

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from gcnet.errors import unknown
+
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -21,7 +23,7 @@ def expand(connectivity: Tensor, weight: Tensor) -> Tensor:
             f"connectivity {tuple(connectivity.shape)} does not fit a weight of shape {tuple(weight.shape)}"
         )
     shape = connectivity.shape + (1,) * (weight.ndim - 2)
-    return connectivity.to(weight).view(shape).expand(weight.shape).contiguous()
+    return connectivity.to(weight).view(shape).expand(weight.shape).clone(memory_format=torch.contiguous_format)
 
 
 def check_batchnorm(batchnorm: str) -> None:
@@ -40,6 +42,10 @@ def build_ghost(model: nn.Module, connectivity: Mapping[str, Tensor], *, batchno
     """
     check_batchnorm(batchnorm)
     ghost = copy.deepcopy(model).eval()
+    known = [name for name, module in ghost.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    for name in connectivity:
+        if name not in known:
+            raise unknown("layer", name, known)
     for name, module in ghost.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             if name in connectivity:

@@ -100,7 +100,7 @@ def hybrid_masks(
     plan = split(graph, hybrid)
     missing = [layer for layer, role in plan.items() if role == "guided" and layer not in connectivity]
     if missing:
-        raise ValueError(f"no connectivity given for the guided layers {', '.join(missing)}")
+        raise ValueError(f"no connectivity is given for the guided layers {missing}")
     parts: dict[Role, list[str]] = {"direct": [], "guided": []}
     for layer, role in plan.items():
         parts[role].append(layer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,6 +17,8 @@ def channels_at(width: float) -> Callable[[int], int]:
     """Channel counts scaled by `width`. Raises ValueError where none would be left."""
 
     def scaled(count: int) -> int:
+        if not 0 < width < math.inf:
+            raise ValueError(f"width {width} is no positive number")
         result = round(count * width)
         if result < 1:
             raise ValueError(f"width {width} leaves no channel of {count}; the smallest for this layer is {1 / count}")

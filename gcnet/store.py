@@ -165,13 +165,14 @@ class Store:
         entry = {"kind": kind, "inputs": inputs, "files": files, "provenance": provenance()}
         entry["wall_s"] = round(time.perf_counter() - started, 3)
         write_json(partial / "entry.json", entry)
-        if final.exists() and not (final / "entry.json").exists():
-            self._set_aside(final)
-        try:
-            partial.rename(final)
-            (final / "owner").unlink(missing_ok=True)
-        except OSError:  # somebody else finished first (their folder is there and not empty): theirs is the result
-            shutil.rmtree(partial, ignore_errors=True)
+        with self._alone():  # in between, the folder would look as if nobody owned it
+            if final.exists() and not (final / "entry.json").exists():
+                self._set_aside(final)
+            try:
+                partial.rename(final)
+                (final / "owner").unlink(missing_ok=True)
+            except OSError:  # somebody else finished first (their folder is there, not empty): theirs is the result
+                shutil.rmtree(partial, ignore_errors=True)
         result = self.find(kind, inputs)
         if result is None:
             raise OSError(f"store entry {final} could not be written")
@@ -182,9 +183,7 @@ class Store:
         unfinished = self.root / ".unfinished"
         unfinished.mkdir(parents=True, exist_ok=True)
         mine = unfinished / f"{name}.{uuid.uuid4().hex[:8]}"
-        with (self.root / ".lock").open("w") as lock:
-            # A folder and its owner's name appear together to everybody who holds the lock.
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with self._alone():
             left = [folder for folder in sorted(unfinished.glob(f"{name}.*")) if not _alive(folder / "owner")]
             if left:
                 left[0].rename(mine)
@@ -192,6 +191,13 @@ class Store:
                 mine.mkdir()
             _own(mine)
         return mine
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process looks at unfinished folders meanwhile; the lock goes with the process if that dies."""
+        with (self.root / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
 
 def _own(folder: Path) -> None:

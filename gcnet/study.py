@@ -128,8 +128,8 @@ class Study(BaseModel):
         check("pruner", [*self.pruners, self.flops_pruner], PRUNERS)
         check("similarity", [*self.guidance, *self.flops_similarities], SIMILARITIES)
         for name in chain.from_iterable(self.guidance.values()):
-            if side_and_share(name)[1] == 0:
-                raise ValueError(f"guidance: '{name}' guides no layer; direct pruning always runs")
+            if name == "direct" or side_and_share(name)[1] == 0:
+                raise ValueError(f"unknown hybrid '{name}' of guidance: it guides no layer (direct always runs)")
         check("shift", self.shifts, [*CORRUPTIONS, "all"])
         check("natural shift", self.natural_shifts, NATURAL_SHIFTS)
         return self
