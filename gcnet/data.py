@@ -333,7 +333,7 @@ def _cached(cache: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
 
 def _load_parts(name: str, image_size: int, channels: int, root: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if name.startswith("image_folder:"):
-        folder = Path(name.removeprefix("image_folder:")).expanduser()
+        folder = paths.project() / Path(name.removeprefix("image_folder:")).expanduser()
         read: Callable[[], tuple[dict[str, Arrays], tuple[str, ...]]] = lambda: _image_folder(folder)  # noqa: E731
         files = sorted(folder.rglob("*")) if folder.is_dir() else []
         stats = [(str(p), s.st_size, s.st_mtime_ns) for p in files if (s := p.stat())]

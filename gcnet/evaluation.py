@@ -83,9 +83,11 @@ def evaluate(
 def mean_corruption_error(rows: pd.DataFrame, reference: pd.DataFrame) -> float:
     """Mean over corruptions of (summed error / the reference network's summed error); 1 is as bad as the reference.
 
-    rows, reference: as `evaluate` returns them, the same shifts and severities. Source: Hendrycks and Dietterich,
-    arXiv 1903.12261, with the dense network as reference (choice). Raises ValueError when the shifts differ.
+    rows, reference: as `evaluate` returns them, the same shifts and severities; natural shifts do not count.
+    Raises ValueError when the shifts differ. Source: Hendrycks and Dietterich, arXiv 1903.12261, with the dense
+    network as reference (choice).
     """
+    rows, reference = (f[f["shift"].isin(CORRUPTIONS)] for f in (rows, reference))
     own = (1 - rows[rows.severity > 0].set_index(["shift", "severity"]).accuracy).sort_index()
     base = (1 - reference[reference.severity > 0].set_index(["shift", "severity"]).accuracy).sort_index()
     if not own.index.equals(base.index):

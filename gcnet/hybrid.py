@@ -52,9 +52,9 @@ def side_and_share(hybrid: str) -> tuple[str, float]:
 def split(graph: LayerGraph, hybrid: str | Sequence[str]) -> dict[str, Role]:
     """{layer: "direct" or "guided"} in execution order.
 
-    hybrid: a name in HYBRIDS; "F<percent>" or "B<percent>" for the first or last share of the weighted layers, rounded
-    (choice: percentages count layers); or the names of the layers to guide. A layer without a parent is always pruned
-    directly (GC-Net, Fig. 3). Raises ValueError for an unknown name.
+    hybrid: a name in HYBRIDS; "F<percent>" or "B<percent>" for the first or last share of the weighted layers (choice:
+    percentages count layers, rounded, halves to the even count); or the names of the layers to guide. A layer without
+    a parent is always pruned directly (GC-Net, Fig. 3). Raises ValueError for an unknown name.
     """
     layers = graph.layers
     if isinstance(hybrid, str):
