@@ -173,7 +173,14 @@ def test_an_interrupted_run_continues_where_it_stopped(project: Path, how: signa
     notebook.write_text("hang")
     command = ["make", "reproduce", f"PYTHON={sys.executable}"]
     # a group of its own, as a terminal has: Ctrl-C reaches make and what it runs
-    running = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # where the tests run in the background SIGINT is ignored, and children inherit that
+    running = subprocess.Popen(
+        command,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     end = time.monotonic() + 30
     while "02_connectivity" not in (project / "half").read_text() if (project / "half").exists() else True:
         assert time.monotonic() < end
