@@ -18,6 +18,11 @@ RUNS := $(if $(GCNET_RUNS),$(GCNET_RUNS),runs)
 DONE := $(RUNS)/done/$(STUDY)
 CODE := $(wildcard gcnet/*.py)
 NOTEBOOKS := $(sort $(basename $(notdir $(wildcard notebooks/[0-9][0-9]_*.ipynb))))
+# A study may name the notebooks it runs: a line such as notebooks: ["01", "07"]
+CHOSEN := $(shell sed -n 's/^notebooks: *//p' params/$(STUDY).yaml 2> /dev/null | tr -c '0-9\n' ' ')
+ifneq ($(strip $(CHOSEN)),)
+NOTEBOOKS := $(filter $(CHOSEN:%=%_%),$(NOTEBOOKS))
+endif
 
 RECENT := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 FIND_PYTHON := for python in python3 python3.13 python3.12 python3.11; do \

@@ -63,9 +63,10 @@ def parse_override(key: str, text: str) -> tuple[str, Any]:
         raise ValueError(f"value {text!r} of parameter '{key}' is not YAML") from None
 
 
-def stages() -> dict[str, list[str]]:
+def stages(study: str) -> dict[str, list[str]]:
     """{stage: the stages that come before it}: the chain that the Makefile runs, kept in step by a test."""
-    names = sorted(p.stem for p in (paths.project() / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    asked = load_study(study)
+    names = sorted(p.stem for p in (paths.project() / "notebooks").glob("[0-9][0-9]_*.ipynb") if asked.runs(p.stem))
     before: dict[str, list[str]] = {"sweep": []}
     previous = "sweep"
     for name in names:
@@ -105,7 +106,7 @@ def status(study: str) -> list[tuple[str, str, str]]:
     code = sorted((root / "gcnet").glob("*.py"))
     rows: list[tuple[str, str, str]] = []
     state: dict[str, str] = {}
-    for stage, before in stages().items():
+    for stage, before in stages(study).items():
         done = marker(study, stage)
         notebook = [] if stage == "sweep" else [root / "notebooks" / f"{stage}.ipynb"]
         if notebook:

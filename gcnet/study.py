@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ class Study(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     study: str = Field("digits", description="name: results go to results/<study>/")
+    notebooks: tuple[str, ...] = Field((), description="the notebooks that the study runs, by number; () = every one")
 
     # data
     dataset: str = Field("digits", description="registry name, or image_folder:PATH")
@@ -89,6 +91,18 @@ class Study(BaseModel):
                     if isinstance(item, bool):
                         raise ValueError(f"{name}: '{item}' is a truth value (yes, no, on, off are too in YAML)")
         return values
+
+    @field_validator("notebooks")
+    @classmethod
+    def _notebooks_by_number(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        for value in values:
+            if not re.fullmatch(r"\d\d", value):
+                raise ValueError(f"notebook '{value}' is not two digits in quotes, such as \"05\"")
+        return values
+
+    def runs(self, notebook: str) -> bool:
+        """Whether the study runs this notebook, given by its name or number: `study.runs("06_snacs")`."""
+        return not self.notebooks or notebook[:2] in self.notebooks
 
     @field_validator("sparsities")
     @classmethod
@@ -180,8 +194,11 @@ class Study(BaseModel):
 
     @classmethod
     def from_notebook(cls, variables: dict[str, Any]) -> Study:
-        """The study that a notebook's parameters cell (and papermill's injected one) spells out: pass `globals()`."""
-        return cls.create(**{name: variables[name] for name in cls.model_fields})
+        """The study that a notebook's parameters cell (and papermill's injected one) spells out: pass `globals()`.
+
+        A parameter that the notebook does not declare keeps its default.
+        """
+        return cls.create(**{name: variables[name] for name in cls.model_fields if name in variables})
 
     def only(self, *names: str) -> dict[str, Any]:
         """The named parameters as plain JSON values: what goes into a store key."""

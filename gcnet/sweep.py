@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from typing import Any
 
@@ -87,16 +87,30 @@ def sweep(study: Study, executor: Executor) -> list[dict[str, Any]]:
 
     A failed task is tried once more. Raises nothing for a failed cell: the tables show what is missing.
     """
-    failures = _stage([(run_dense, study, seed) for seed in study.seeds], executor, "dense")
-    failures += _stage([(run_corruption, study, name) for name in study.corruptions], executor, "corruptions")
-    by_metric = [(seed, s) for seed in study.seeds for s in ("none", *study.flops_similarities)]
-    failures += _stage([(run_flops, study, of) for of in by_metric], executor, "multiply-accumulates")
-    failures += _stage([(run_drift, study, seed) for seed in study.seeds], executor, "drift")
-    failures += _stage([(run_cell, study, cell) for cell in cells(study)], executor, "cells")
-    return failures
+    return [failure for name, tasks in stages(study) for failure in _stage(tasks, executor, name)]
 
 
 Task = tuple[Callable[..., str], Study, Any]
+
+
+def stages(study: Study) -> Iterator[tuple[str, list[Task]]]:
+    """(name, tasks) in the order in which they are computed; the tasks of one stage do not need each other."""
+    yield "dense", [(run_dense, study, seed) for seed in study.seeds]
+    yield "corruptions", [(run_corruption, study, name) for name in study.corruptions]
+    if study.runs("02"):
+        yield "drift", [(run_drift, study, seed) for seed in study.seeds]
+    if study.runs("04"):
+        by_metric = [(seed, s) for seed in study.seeds for s in ("none", *study.flops_similarities)]
+        yield "multiply-accumulates", [(run_flops, study, of) for of in by_metric]
+    if study.runs("04") or study.runs("05"):
+        yield "cells", [(run_cell, study, cell) for cell in cells(study)]
+    for notebook, more in SYSTEMS.items():
+        if study.runs(notebook):
+            yield from more(study)
+
+
+# What the other systems compute: number of the notebook that shows it -> its stages.
+SYSTEMS: dict[str, Callable[[Study], Iterable[tuple[str, list[Task]]]]] = {}
 
 
 def _submitted(executor: Executor, task: Task) -> Future[str]:

@@ -104,6 +104,13 @@ def test_the_chain_runs_in_order_and_a_second_time_not_at_all(project: Path) -> 
     assert "results/digits/" in again.stdout
 
 
+def test_a_study_runs_only_the_notebooks_that_it_names(project: Path) -> None:
+    study = project / "params" / "digits.yaml"
+    study.write_text(study.read_text() + f'notebooks: ["{CHAIN[0][:2]}", "{CHAIN[-1][:2]}"]\n')
+    assert make("reproduce").returncode == 0
+    assert ran(project) == ["sweep", CHAIN[0], CHAIN[-1]]
+
+
 def test_stages_that_may_run_side_by_side_keep_their_order(project: Path) -> None:
     assert make("reproduce", "-j4").returncode == 0
     assert [s for s in ran(project) if s != "00_quickstart"] == ["sweep", *CHAIN]

@@ -166,3 +166,15 @@ def test_all_shifts_are_the_fifteen() -> None:
 def test_named_parameters_are_plain_json() -> None:
     chosen = Study(sparsities=(0.5, 0.9), tap=None).only("sparsities", "tap", "lr")
     assert json.loads(json.dumps(chosen)) == {"sparsities": [0.5, 0.9], "tap": None, "lr": 0.1}
+
+
+def test_a_study_names_its_notebooks_by_number() -> None:
+    assert Study().runs("06_snacs")
+    study = Study.create(notebooks=["01", "05"])
+    assert study.runs("05_shift_evaluation") and study.runs("01") and not study.runs("06_snacs")
+    with pytest.raises(ValueError, match="two digits"):
+        Study.create(notebooks=["5"])
+
+
+def test_a_notebook_need_not_declare_every_parameter() -> None:
+    assert Study.from_notebook({"seeds": [4], "something": 1}) == Study(seeds=(4,))
