@@ -14,6 +14,8 @@ from torch import Tensor, fx, nn
 from gcnet.cost import evaluation_mode
 from gcnet.graph import LayerGraph
 
+_CHUNK = 2**18  # elements converted at once
+
 # Where a scalar is read: the layer's own output, its output after BatchNorm and activation, or what it receives.
 Where = Literal["conv", "relu", "input"]
 Tap = tuple[str, Where]
@@ -23,8 +25,15 @@ def _spatial_mean(value: Tensor, channel_dim: int) -> Tensor:
     """(N, ..., C, ...) -> (N, C) in float32: the mean over every dimension but batch and channel."""
     if value.ndim == 2:  # a copy: an in-place activation may follow
         return value.to(torch.float32, copy=True)
-    # Converted first: summing bfloat16 maps into float32 in one call is several times slower on CPUs.
-    return value.movedim(channel_dim, 1).flatten(2).float().mean(2)
+    value = value.movedim(channel_dim, 1).flatten(2)
+    if value.device.type != "cpu" or value.dtype == torch.float32:
+        return value.mean(2, dtype=torch.float32)
+    # bfloat16 on a CPU: converted a few images at a time, so that the float32 copy stays in the cache.
+    means = value.new_empty(value.shape[:2], dtype=torch.float32)
+    images = max(1, _CHUNK // value[0].numel())
+    for start in range(0, len(value), images):
+        means[start : start + images] = value[start : start + images].float().mean(2)
+    return means
 
 
 class _Recorder(nn.Module):
@@ -104,7 +113,8 @@ class Moments:
     """Means, variances and cross-products of pairs of taps, merged batch by batch in float64.
 
     pairs: (a, b) accumulates the co-moments of tap a (rows) with tap b (columns). Each batch is centred on its own
-    mean and merged by the parallel update (Chan, Golub, LeVeque 1983), so large means cost no digits.
+    mean and merged by the parallel update (Chan, Golub, LeVeque 1983), so large means cost no digits. The products
+    inside one batch, already centred, are taken in the precision of the values.
     """
 
     def __init__(self, pairs: Iterable[tuple[Tap, Tap]]) -> None:
@@ -125,20 +135,22 @@ class Moments:
         for tap in self.taps:
             x = values[tap].double()
             mean = x.mean(0)
-            centred[tap] = x - mean
-            square = centred[tap].square().sum(0)
+            deviation = x - mean
+            centred[tap] = deviation.to(values[tap].dtype)
+            square = deviation.square().sum(0)
             if self.count:
                 shift[tap] = mean - self.mean[tap]
                 self.mean[tap] += shift[tap] * (rows / total)
                 self.square[tap] += square + shift[tap].square() * weight
             else:
                 self.mean[tap], self.square[tap] = mean, square
-        for a, b in self.pairs:
-            product = centred[a].T @ centred[b]
-            if self.count:
-                self.cross[a, b].add_(product).addr_(shift[a], shift[b], alpha=weight)
-            else:
-                self.cross[a, b] = product
+        with torch.autocast(x.device.type, enabled=False):  # or float32 products become bfloat16 ones
+            for a, b in self.pairs:
+                product = centred[a].T @ centred[b]
+                if self.count:
+                    self.cross[a, b].add_(product).addr_(shift[a], shift[b], alpha=weight)
+                else:
+                    self.cross[a, b] = product.double()
         self.count = total
 
 
