@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from gcnet import paths, run
+from gcnet import archive, paths, run
 from gcnet.connectivity import SIMILARITIES
 from gcnet.data import DATASETS
 from gcnet.errors import unknown
@@ -79,6 +79,10 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("sweep", _sweep, "compute every cell of a study that the store does not hold, on all cores")
     sub.add_argument("--jobs", type=int, help="worker processes (default: one a core; on a GPU at most 4)")
     with_study(sub)
+    sub = command("pack", _pack, "write what a study computed, without the large files, to results/<study>/store.zip")
+    with_study(sub)
+    sub = command("unpack", _unpack, "put the results in results/<study>/store.zip into the store")
+    sub.add_argument("--study", default="digits")
     sub = command("status", _status, "which stages of a study are done or stale, and why")
     sub.add_argument("--study", default="digits")
     command("list", _list, "the names that a study may use")
@@ -162,6 +166,20 @@ def _status(options: argparse.Namespace) -> int:
     print(f"study {options.study}")
     for stage, state, why in rows:
         print(f"  {stage:<{width}}  {state:<7}  {why}")
+    return 0
+
+
+def _pack(options: argparse.Namespace) -> int:
+    written = archive.pack(_study(options))
+    print(f"{written.relative_to(paths.project())}: {written.stat().st_size / 2**20:.1f} MiB")
+    return 0
+
+
+def _unpack(options: argparse.Namespace) -> int:
+    if options.study not in run.studies():
+        raise unknown("study", options.study, run.studies())
+    added, there = archive.unpack(options.study)
+    print(f"study {options.study}: {added} results put into {paths.runs()}, {there} were there")
     return 0
 
 

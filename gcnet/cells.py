@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -238,8 +238,11 @@ def _cell_inputs(study: Study, cell: Cell) -> dict[str, Any]:
     }
 
 
-def cell_folder(study: Study, cell: Cell) -> Path:
-    """The folder with `masks.safetensors`, `model.safetensors` (fine-tuned) and `cell.json` of a pruned cell."""
+def cell_folder(study: Study, cell: Cell, needs: Sequence[str] | None = None) -> Path:
+    """The folder with `masks.safetensors`, `model.safetensors` (fine-tuned) and `cell.json` of a pruned cell.
+
+    needs: the files that are wanted, None for all.
+    """
 
     def compute(folder: Path) -> None:
         net = dense(study, cell.seed)
@@ -269,13 +272,13 @@ def cell_folder(study: Study, cell: Cell) -> Path:
         _save_model(net[1], folder)
         write_json(folder / "cell.json", result)
 
-    return Store().once("cell", _cell_inputs(study, cell), compute)
+    return Store().once("cell", _cell_inputs(study, cell), compute, needs)
 
 
 def cell_result(study: Study, cell: Cell) -> dict[str, Any]:
     """The facts of a cell: its row, kept_weights, macs, accuracy before and after fine-tuning, layers."""
     if not cell.is_dense:
-        return read_json(cell_folder(study, cell) / "cell.json")
+        return read_json(cell_folder(study, cell, ["cell.json"]) / "cell.json")
     net = dense(study, cell.seed)
     clean = next(row for row in shift_rows(study, cell) if row["severity"] == 0)
     weights = [m.weight.numel() for m in net[1].modules() if isinstance(m, (nn.Conv2d, nn.Linear))]

@@ -15,7 +15,8 @@ import subprocess
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,21 @@ from gcnet import paths
 log = logging.getLogger("gcnet")
 
 _USED: Counter[str] = Counter()
+_LOOKING: ContextVar[set[Path] | None] = ContextVar("looking", default=None)
+
+
+class MissingError(LookupError):
+    """What was asked for has not been computed; raised instead of computing it, inside `looking()`."""
+
+
+@contextlib.contextmanager
+def looking() -> Iterator[set[Path]]:
+    """Inside, the store only finds: what would have to be computed raises MissingError. Yields the folders found."""
+    token = _LOOKING.set(found := set())
+    try:
+        yield found
+    finally:
+        _LOOKING.reset(token)
 
 
 def used_code() -> dict[str, int]:
@@ -122,19 +138,28 @@ class Store:
         canonical = json.dumps({"kind": kind, **present}, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return f"{kind}-{hashlib.sha256(canonical.encode()).hexdigest()[:16]}"
 
-    def find(self, kind: str, inputs: dict[str, Any]) -> Path | None:
-        """The entry's folder if it is complete and its checksums hold, else None (a corrupt one is set aside)."""
+    def find(self, kind: str, inputs: dict[str, Any], needs: Sequence[str] | None = None) -> Path | None:
+        """The entry's folder if it is complete and its checksums hold, else None (a corrupt one is set aside).
+
+        needs: only these files are asked for and checked, for entries that came without the large ones.
+        """
         folder = self.root / self.key(kind, inputs)
         if not (folder / "entry.json").exists():
             return None
         try:
             entry = read_json(folder / "entry.json")
             made_by = entry["provenance"]["git_sha"] + ("+dirty" if entry["provenance"]["git_dirty"] else "")
-            intact = all(sha256_file(folder / name) == digest for name, digest in entry["files"].items())
+            files = entry["files"]
+            wanted = files if needs is None else needs
+            if not all((folder / name).exists() for name in wanted) and entry.get("without"):
+                return None  # unpacked without the files that are wanted now
+            intact = all(sha256_file(folder / name) == files[name] for name in wanted)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             intact = False
         if intact:
             _USED[made_by] += 1
+            if (seen := _LOOKING.get()) is not None:
+                seen.add(folder)
             return folder
         log.warning("store entry %s does not match its checksums: set aside, computing again", folder)
         self._set_aside(folder)
@@ -145,16 +170,20 @@ class Store:
         with contextlib.suppress(FileNotFoundError):  # another process was faster
             folder.rename(folder.with_name(f"{folder.name}.corrupt-{uuid.uuid4().hex[:6]}"))
 
-    def once(self, kind: str, inputs: dict[str, Any], compute: Callable[[Path], None]) -> Path:
+    def once(
+        self, kind: str, inputs: dict[str, Any], compute: Callable[[Path], None], needs: Sequence[str] | None = None
+    ) -> Path:
         """The entry's folder, computed by `compute(folder)` only if no earlier run left it.
 
         `compute` writes its files into the folder it is given; the same (unfinished) folder is given again after an
         interruption, so what it keeps there (a checkpoint) serves to resume. Where two processes compute the same
-        entry, the first to finish wins and both return the same files.
+        entry, the first to finish wins and both return the same files. needs: see `find`.
         """
-        found = self.find(kind, inputs)
+        found = self.find(kind, inputs, needs)
         if found:
             return found
+        if _LOOKING.get() is not None:
+            raise MissingError(self.key(kind, inputs))
         final = self.root / self.key(kind, inputs)
         partial = self._claim(final.name)
         started = time.perf_counter()
@@ -166,8 +195,8 @@ class Store:
         entry["wall_s"] = round(time.perf_counter() - started, 3)
         write_json(partial / "entry.json", entry)
         with self._alone():  # in between, the folder would look as if nobody owned it
-            if final.exists() and not (final / "entry.json").exists():
-                self._set_aside(final)
+            if final.exists() and self.find(kind, inputs) is None and final.exists():
+                self._set_aside(final)  # half there, or unpacked without its large files
             try:
                 partial.rename(final)
                 (final / "owner").unlink(missing_ok=True)

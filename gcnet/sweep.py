@@ -9,13 +9,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from gcnet.cells import (
     Cell,
-    cell_folder,
+    cell_result,
     cells,
     connectivity_matrices,
     corrupted_images,
@@ -24,6 +25,7 @@ from gcnet.cells import (
     flops_rows,
     shift_rows,
 )
+from gcnet.store import looking
 from gcnet.study import Study
 
 log = logging.getLogger("gcnet")
@@ -70,7 +72,7 @@ def run_drift(study: Study, seed: int) -> str:
 
 def run_cell(study: Study, cell: Cell) -> str:
     if not cell.is_dense:
-        cell_folder(study, cell)
+        cell_result(study, cell)
     shift_rows(study, cell)
     return " ".join(str(value) for value in cell.row().values())
 
@@ -123,19 +125,35 @@ def _submitted(executor: Executor, task: Task) -> Future[str]:
         return future
 
 
+def entries(task: Task) -> set[Path] | None:
+    """The store's folders that hold what a task makes, None where any of it is yet to be computed."""
+    function, study, argument = task
+    try:
+        with looking() as found:
+            function(study, argument)
+    except Exception:  # missing, or it fails while it is looked for: then it will, and be reported, in its turn
+        return None
+    return found
+
+
 def _stage(tasks: list[Task], executor: Executor, name: str) -> list[dict[str, Any]]:
-    started, failures, done = time.perf_counter(), [], 0
+    found = len(tasks)
+    tasks = [task for task in tasks if entries(task) is None]
+    found -= len(tasks)
+    if found:
+        log.info("%s: %d found in the store, %d to compute", name, found, len(tasks))
+    started, failures, finished = time.perf_counter(), [], 0
     pending = {_submitted(executor, task): (task, 1) for task in tasks}
     while pending:
         for future in as_completed(list(pending)):
             task, attempt = pending.pop(future)
             error = future.exception()
             if error is None:
-                done += 1
+                finished += 1
                 spent = time.perf_counter() - started
-                left = spent / done * (len(tasks) - done)
+                left = spent / finished * (len(tasks) - finished)
                 text = "%s %d/%d, %.0f s, about %.0f s left: %s"
-                log.info(text, name, done, len(tasks), spent, left, future.result())
+                log.info(text, name, finished, len(tasks), spent, left, future.result())
             elif attempt == 1:
                 log.warning("%s: %s failed (%s), trying once more", name, task[2], error)
                 pending[_submitted(executor, task)] = (task, 2)

@@ -53,6 +53,12 @@ def store(swept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GCNET_RUNS", str(swept))
 
 
+@pytest.fixture
+def anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sweep does not look what is there: every task is given to the executor."""
+    monkeypatch.setattr(sweeping, "entries", lambda task: None)
+
+
 def fail(*_: object, **__: object) -> None:
     raise AssertionError("this was computed before")
 
@@ -74,6 +80,17 @@ def test_a_second_sweep_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.usefixtures("store")
+def test_what_is_found_is_not_given_to_a_worker(caplog: pytest.LogCaptureFixture) -> None:
+    class Nobody(Executor):
+        def submit(self, *_: Any, **__: Any) -> Future:
+            raise AssertionError("nothing is left to do")
+
+    with caplog.at_level(logging.INFO, "gcnet"):
+        assert sweep(STUDY, Nobody()) == []
+    assert f"cells: {len(LABELS)} found in the store, 0 to compute" in caplog.messages
+
+
+@pytest.mark.usefixtures("store", "anew")
 def test_progress_is_counted(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "gcnet"):
         sweep(STUDY, ThreadPoolExecutor(1))
@@ -82,7 +99,7 @@ def test_progress_is_counted(caplog: pytest.LogCaptureFixture) -> None:
     assert sorted(line.split(": ")[1] for line in lines) == sorted(LABELS)
 
 
-@pytest.mark.usefixtures("store")
+@pytest.mark.usefixtures("store", "anew")
 @pytest.mark.parametrize("failures", [1, 2])
 @pytest.mark.parametrize("executor", [Here, lambda: ThreadPoolExecutor(2)], ids=["one", "two"])
 def test_a_failing_cell_is_tried_again_and_stops_nothing(
@@ -107,7 +124,7 @@ def test_a_failing_cell_is_tried_again_and_stops_nothing(
         assert row["error"] == "MemoryError: not enough for this one"
 
 
-@pytest.mark.usefixtures("store")
+@pytest.mark.usefixtures("store", "anew")
 def test_a_stage_that_fails_does_not_stop_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("no corruption today")
@@ -117,7 +134,7 @@ def test_a_stage_that_fails_does_not_stop_the_next(monkeypatch: pytest.MonkeyPat
     assert [(row["stage"], row["task"]) for row in reported] == [("corruptions", "contrast")]
 
 
-@pytest.mark.usefixtures("store")
+@pytest.mark.usefixtures("store", "anew")
 def test_a_pool_whose_worker_was_killed_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a process pool does when the system kills a worker: the task fails, and so does every further submit."""
 

@@ -1,0 +1,79 @@
+"""What a study computed as one file: `results/<study>/store.zip`, to go on from on another machine.
+
+The archive holds the trained dense networks, the connectivity and every small result (JSON), not the fine-tuned
+networks and masks of the cells: those are computed again where something asks for them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from itertools import chain
+from pathlib import Path
+
+from gcnet import paths
+from gcnet.store import atomic_write
+from gcnet.study import Study
+from gcnet.sweep import entries, stages
+
+WHOLE = ("dense", "connectivity")  # kinds that are packed with every file
+LEFT_OUT = ("corrupted",)  # kinds that are made again in seconds from the images
+_DATE = (1980, 1, 1, 0, 0, 0)  # the same content gives the same archive
+
+
+def path(study: str) -> Path:
+    return paths.results(study) / "store.zip"
+
+
+def pack(study: Study) -> Path:
+    """Write the archive of a study whose sweep is done. Raises ValueError when parts of it are missing."""
+    of_stage = {name: [entries(task) for task in tasks] for name, tasks in stages(study)}
+    missing = [f"{found.count(None)} of {len(found)} {name}" for name, found in of_stage.items() if None in found]
+    if missing:
+        raise ValueError(f"study '{study.study}' is not computed yet ({', '.join(missing)}): make sweep first")
+    with atomic_write(path(study.study)) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+        for folder in sorted(set().union(*chain.from_iterable(of_stage.values()))):
+            entry = json.loads((folder / "entry.json").read_text(encoding="utf-8"))
+            if entry["kind"] in LEFT_OUT:
+                continue
+            kept = [n for n in entry["files"] if entry["kind"] in WHOLE or n.endswith(".json")]
+            entry["without"] = sorted(set(entry["files"]) - set(kept))
+            _add(archive, f"{folder.name}/entry.json", (json.dumps(entry, indent=1, sort_keys=True) + "\n").encode())
+            for name in kept:
+                _add(archive, f"{folder.name}/{name}", (folder / name).read_bytes())
+    return path(study.study)
+
+
+def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
+    archive.writestr(zipfile.ZipInfo(name, _DATE), content, zipfile.ZIP_DEFLATED)
+
+
+def unpack(study: str) -> tuple[int, int]:
+    """Put the archive's entries into the store; (added, there before). An entry that is there is left alone.
+
+    Raises FileNotFoundError where the study has no archive, ValueError for a damaged one.
+    """
+    if not path(study).exists():
+        raise FileNotFoundError(f"study '{study}' has no {path(study).name} below results/{study}/")
+    added = there = 0
+    try:
+        with zipfile.ZipFile(path(study)) as archive:
+            folders: dict[str, list[str]] = {}
+            for name in archive.namelist():
+                if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+                    raise ValueError(f"{path(study)} holds '{name}', which is no part of a store entry")
+                folder, _, file = name.partition("/")
+                folders.setdefault(folder, []).append(file)
+            for folder, files in folders.items():
+                if (paths.runs() / folder / "entry.json").exists():
+                    there += 1
+                    continue
+                # entry.json last: a folder without it does not count
+                for file in sorted(files, key="entry.json".__eq__):
+                    with atomic_write(paths.runs() / folder / file) as temporary:
+                        temporary.write_bytes(archive.read(f"{folder}/{file}"))
+                added += 1
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path(study)} is damaged ({error}): git restores it") from None
+    return added, there

@@ -1,0 +1,94 @@
+"""What a study computed goes into one file and comes out of it; what was left out is computed again."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from gcnet import archive, paths
+from gcnet import cells as computing
+from gcnet.cells import cell_folder, cell_result, cells, shift_rows
+from gcnet.study import Study
+from gcnet.sweep import sweep
+from tests.test_sweep import STUDY as SMALL
+from tests.test_sweep import Here, fail
+
+STUDY = Study.create(**{**SMALL.model_dump(), "notebooks": ["01", "04", "05"]})
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("packed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GCNET_RUNS", str(root / "runs"))
+        patch.chdir(_project(root))
+        with pytest.raises(ValueError, match=r"1 of 1 dense.*make sweep first"):
+            archive.pack(STUDY)
+        assert sweep(STUDY, Here()) == []
+        return archive.pack(STUDY)
+
+
+def _project(root: Path) -> Path:
+    (root / "params").mkdir(parents=True)
+    (root / "notebooks").mkdir()
+    return root
+
+
+@pytest.fixture
+def elsewhere(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Another machine: the results folder came along, the store is empty."""
+    monkeypatch.setenv("GCNET_RUNS", str(tmp_path / "other"))
+    monkeypatch.chdir(_project(tmp_path))
+    (paths.results(STUDY.study)).mkdir(parents=True)
+    shutil.copy(packed, archive.path(STUDY.study))
+    return tmp_path
+
+
+def test_an_unpacked_study_is_found_not_computed(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    added, there = archive.unpack(STUDY.study)
+    assert added > 5 and there == 0 and archive.unpack(STUDY.study) == (0, added)
+    for name in ("train", "connectivity", "hybrid_masks", "score"):
+        monkeypatch.setattr(computing, name, fail)
+    assert sweep(STUDY, Here()) == []
+    for cell in cells(STUDY):
+        assert cell_result(STUDY, cell)["sparsity"] == cell.sparsity and len(shift_rows(STUDY, cell)) == 2
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_what_was_left_out_is_computed_where_it_is_wanted() -> None:
+    archive.unpack(STUDY.study)
+    cell = next(cell for cell in cells(STUDY) if not cell.is_dense)
+    before = cell_result(STUDY, cell)
+    folder = cell_folder(STUDY, cell)
+    assert (folder / "model.safetensors").exists() and (folder / "masks.safetensors").exists()
+    assert cell_result(STUDY, cell) == before
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_packing_again_gives_the_same_file_and_no_large_one(packed: Path) -> None:
+    archive.unpack(STUDY.study)
+    assert sweep(STUDY, Here()) == []
+    assert archive.pack(STUDY).read_bytes() == packed.read_bytes()
+    names = zipfile.ZipFile(packed).namelist()
+    assert any(n.startswith("dense-") and n.endswith("model.safetensors") for n in names)
+    assert not any(n.startswith(("cell-", "corrupted-")) and not n.endswith(".json") for n in names)
+
+
+def test_no_archive_and_a_damaged_one_are_said(elsewhere: Path) -> None:
+    archive.path(STUDY.study).write_bytes(archive.path(STUDY.study).read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"store\.zip is damaged"):
+        archive.unpack(STUDY.study)
+    archive.path(STUDY.study).unlink()
+    with pytest.raises(FileNotFoundError, match=r"no store\.zip"):
+        archive.unpack(STUDY.study)
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_an_archive_cannot_write_outside_the_store() -> None:
+    with zipfile.ZipFile(archive.path(STUDY.study), "w") as file:
+        file.writestr("../evil.json", "{}")
+    with pytest.raises(ValueError, match=r"no part of a store entry"):
+        archive.unpack(STUDY.study)
