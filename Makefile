@@ -3,8 +3,12 @@
 ## STUDY=digits       the study: a file in params/
 ## PYTHON=/path       an existing environment; none is built then
 ## JOBS=2             worker processes of the sweep (default: one a core)
+## EXECUTOR=dask      where the sweep runs: local, dask (ADDRESS=tcp://host:8786), slurm (OPTIONS="timeout_min=240 ...")
 STUDY ?= digits
 JOBS ?=
+EXECUTOR ?= local
+ADDRESS ?=
+OPTIONS ?=
 
 # `make lock` holds this pair: torch and torchvision of different builds fail at import.
 PAIR := torch==2.14.1 torchvision==0.29.2
@@ -85,7 +89,8 @@ reproduce: $(NOTEBOOKS:%=$(DONE)/%.json)  ## run a study: every notebook that is
 sweep: $(DONE)/sweep.json  ## only compute the study's cells, on all cores (reproduce does it first)
 
 $(DONE)/sweep.json: params/$(STUDY).yaml $(CODE) | $(ENV)
-	@$(PY) -m gcnet sweep --study $(STUDY) $(if $(JOBS),--jobs $(JOBS))
+	@$(PY) -m gcnet sweep --study $(STUDY) $(if $(JOBS),--jobs $(JOBS)) --executor $(EXECUTOR) \
+		$(if $(ADDRESS),--address $(ADDRESS)) $(OPTIONS:%=--option %)
 
 $(DONE)/%.json: notebooks/%.ipynb params/$(STUDY).yaml $(wildcard params/claims.yaml) $(CODE) | $(ENV)
 	@$(PY) -m gcnet run $< --study $(STUDY)

@@ -6,7 +6,6 @@ import argparse
 import importlib.util
 import json
 import logging
-import multiprocessing
 import signal
 import sys
 import time
@@ -16,16 +15,19 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from gcnet import archive, paths, run
 from gcnet.connectivity import SIMILARITIES
 from gcnet.data import DATASETS
 from gcnet.errors import unknown
+from gcnet.executors import EXECUTORS, cores, open_executor
 from gcnet.hybrid import HYBRIDS
 from gcnet.networks import NETWORKS
 from gcnet.pruning import PRUNERS
 from gcnet.shifts import CORRUPTIONS, NATURAL_SHIFTS
 from gcnet.study import Study
-from gcnet.sweep import cores, pool, sweep
+from gcnet.sweep import sweep
 from gcnet.training import pick_device
 
 INTERRUPTED = 130
@@ -78,6 +80,12 @@ def _parser() -> argparse.ArgumentParser:
     with_study(sub)
     sub = command("sweep", _sweep, "compute every cell of a study that the store does not hold, on all cores")
     sub.add_argument("--jobs", type=int, help="worker processes (default: one a core; on a GPU at most 4)")
+    sub.add_argument("--executor", choices=EXECUTORS, default="local", help="where the tasks run (default: local)")
+    sub.add_argument("--address", default="", help="of a running Dask scheduler; without one, workers of this machine")
+    sub.add_argument(
+        "--option", dest="options", action="append", default=[], metavar="KEY=VALUE",
+        help="of submitit: --option slurm_partition=gpu --option gpus_per_node=1 --option timeout_min=240",
+    )  # fmt: skip
     with_study(sub)
     sub = command("pack", _pack, "write what a study computed, without the large files, to results/<study>/store.zip")
     with_study(sub)
@@ -120,13 +128,16 @@ def _sweep(options: argparse.Namespace) -> int:
     jobs = options.jobs or (cores() if pick_device(study.device).type == "cpu" else min(4, cores()))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("gcnet").setLevel(logging.INFO)
-    print(f"sweep: study {study.study}, {jobs} worker processes", flush=True)
+    where = {"local": f"{jobs} worker processes", "slurm": "jobs of a SLURM cluster"}
+    where["dask"] = f"Dask workers at {options.address}" if options.address else f"{jobs} Dask workers"
+    print(f"sweep: study {study.study}, {where[options.executor]}", flush=True)
     started = time.time()
     done = run.marker(study.study, "sweep")
     done.unlink(missing_ok=True)
-    executor = pool(jobs)
+    kinds = {"address": options.address, "options": dict(map(_option, options.options))}
     try:
-        failures = sweep(study, executor)
+        with open_executor(options.executor, jobs, **kinds) as executor:
+            failures = sweep(study, executor)
     except BrokenExecutor:
         print(
             "failed: a worker process died; the system kills one that runs out of memory. What is finished is kept: "
@@ -134,12 +145,6 @@ def _sweep(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
-    except BaseException:
-        for worker in multiprocessing.active_children():
-            worker.terminate()
-        raise
-    finally:
-        executor.shutdown(cancel_futures=True)
     if failures:
         _print_failures(failures)
         return 1
@@ -147,6 +152,14 @@ def _sweep(options: argparse.Namespace) -> int:
         run.mark_done(study, "sweep", started)
     print(f"sweep: done in {time.time() - started:.0f} s", flush=True)
     return 0
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """KEY=VALUE with the value typed as YAML. Raises ValueError."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"option '{text}' is not KEY=VALUE")
+    return key, yaml.safe_load(value)
 
 
 def _print_failures(failures: Sequence[dict[str, Any]]) -> None:
@@ -170,8 +183,9 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _pack(options: argparse.Namespace) -> int:
-    written = archive.pack(_study(options))
-    print(f"{written.relative_to(paths.project())}: {written.stat().st_size / 2**20:.1f} MiB")
+    written, missing = archive.pack(_study(options))
+    without = f", without {', '.join(missing)}: not computed yet" if missing else ""
+    print(f"{written.relative_to(paths.project())}: {written.stat().st_size / 2**20:.1f} MiB{without}")
     return 0
 
 

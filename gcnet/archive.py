@@ -26,14 +26,19 @@ def path(study: str) -> Path:
     return paths.results(study) / "store.zip"
 
 
-def pack(study: Study) -> Path:
-    """Write the archive of a study whose sweep is done. Raises ValueError when parts of it are missing."""
+def pack(study: Study) -> tuple[Path, list[str]]:
+    """Write the archive of what a study's sweep has computed so far; (its path, what is missing in words).
+
+    Raises ValueError when there is nothing at all.
+    """
     of_stage = {name: [entries(task) for task in tasks] for name, tasks in stages(study)}
-    missing = [f"{found.count(None)} of {len(found)} {name}" for name, found in of_stage.items() if None in found]
-    if missing:
-        raise ValueError(f"study '{study.study}' is not computed yet ({', '.join(missing)}): make sweep first")
+    open_tasks = {name: sum(not whole for _, whole in found) for name, found in of_stage.items()}
+    missing = [f"{count} of {len(of_stage[name])} {name}" for name, count in open_tasks.items() if count]
+    folders = sorted(set().union(*(found for found, _ in chain.from_iterable(of_stage.values()))))
+    if not folders:
+        raise ValueError(f"nothing of study '{study.study}' is computed yet: make sweep first")
     with atomic_write(path(study.study)) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
-        for folder in sorted(set().union(*chain.from_iterable(of_stage.values()))):
+        for folder in folders:
             entry = json.loads((folder / "entry.json").read_text(encoding="utf-8"))
             if entry["kind"] in LEFT_OUT:
                 continue
@@ -42,7 +47,7 @@ def pack(study: Study) -> Path:
             _add(archive, f"{folder.name}/entry.json", (json.dumps(entry, indent=1, sort_keys=True) + "\n").encode())
             for name in kept:
                 _add(archive, f"{folder.name}/{name}", (folder / name).read_bytes())
-    return path(study.study)
+    return path(study.study), missing
 
 
 def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:

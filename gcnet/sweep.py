@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, as_completed
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from gcnet.cells import (
     Cell,
@@ -29,22 +24,6 @@ from gcnet.store import looking
 from gcnet.study import Study
 
 log = logging.getLogger("gcnet")
-
-
-def _start_worker(threads: int, parent: int) -> None:
-    torch.set_num_threads(threads)
-
-    def leave_with_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(2)
-        os._exit(1)  # the sweep was killed: nobody waits for this worker any more
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-
-
-def cores() -> int:
-    """Processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_dense(study: Study, seed: int) -> str:
@@ -75,13 +54,6 @@ def run_cell(study: Study, cell: Cell) -> str:
         cell_result(study, cell)
     shift_rows(study, cell)
     return " ".join(str(value) for value in cell.row().values())
-
-
-def pool(jobs: int) -> ProcessPoolExecutor:
-    """Worker processes that share the machine's cores evenly."""
-    threads = max(1, cores() // jobs)
-    context = multiprocessing.get_context("spawn")  # fork and OpenMP threads do not go together
-    return ProcessPoolExecutor(jobs, context, initializer=_start_worker, initargs=(threads, os.getpid()))
 
 
 def sweep(study: Study, executor: Executor) -> list[dict[str, Any]]:
@@ -125,20 +97,20 @@ def _submitted(executor: Executor, task: Task) -> Future[str]:
         return future
 
 
-def entries(task: Task) -> set[Path] | None:
-    """The store's folders that hold what a task makes, None where any of it is yet to be computed."""
+def entries(task: Task) -> tuple[set[Path], bool]:
+    """(the store's folders that hold what a task makes, whether that is all of it)."""
     function, study, argument = task
-    try:
-        with looking() as found:
+    with looking() as found:
+        try:
             function(study, argument)
-    except Exception:  # missing, or it fails while it is looked for: then it will, and be reported, in its turn
-        return None
-    return found
+        except Exception:  # missing, or it fails while it is looked for: then it will, and be reported, in its turn
+            return found, False
+    return found, True
 
 
 def _stage(tasks: list[Task], executor: Executor, name: str) -> list[dict[str, Any]]:
     found = len(tasks)
-    tasks = [task for task in tasks if entries(task) is None]
+    tasks = [task for task in tasks if not entries(task)[1]]
     found -= len(tasks)
     if found:
         log.info("%s: %d found in the store, %d to compute", name, found, len(tasks))

@@ -10,7 +10,7 @@ import pytest
 
 from gcnet import archive, paths
 from gcnet import cells as computing
-from gcnet.cells import cell_folder, cell_result, cells, shift_rows
+from gcnet.cells import cell_folder, cell_result, cells, dense_folder, shift_rows
 from gcnet.study import Study
 from gcnet.sweep import sweep
 from tests.test_sweep import STUDY as SMALL
@@ -25,10 +25,14 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GCNET_RUNS", str(root / "runs"))
         patch.chdir(_project(root))
-        with pytest.raises(ValueError, match=r"1 of 1 dense.*make sweep first"):
+        with pytest.raises(ValueError, match="make sweep first"):
             archive.pack(STUDY)
+        dense_folder(STUDY, 0)
+        assert "5 of 5 cells" in archive.pack(STUDY)[1]
         assert sweep(STUDY, Here()) == []
-        return archive.pack(STUDY)
+        written, missing = archive.pack(STUDY)
+        assert missing == []
+        return written
 
 
 def _project(root: Path) -> Path:
@@ -71,7 +75,7 @@ def test_what_was_left_out_is_computed_where_it_is_wanted() -> None:
 def test_packing_again_gives_the_same_file_and_no_large_one(packed: Path) -> None:
     archive.unpack(STUDY.study)
     assert sweep(STUDY, Here()) == []
-    assert archive.pack(STUDY).read_bytes() == packed.read_bytes()
+    assert archive.pack(STUDY)[0].read_bytes() == packed.read_bytes()
     names = zipfile.ZipFile(packed).namelist()
     assert any(n.startswith("dense-") and n.endswith("model.safetensors") for n in names)
     assert not any(n.startswith(("cell-", "corrupted-")) and not n.endswith(".json") for n in names)

@@ -15,8 +15,9 @@ from gcnet import cells as stages
 from gcnet import paths
 from gcnet import sweep as sweeping
 from gcnet.cells import Cell, cell_result, cells, shift_rows
+from gcnet.executors import pool
 from gcnet.study import Study
-from gcnet.sweep import pool, sweep
+from gcnet.sweep import sweep
 
 STUDY = Study.create(
     study="small", dataset="digits", channels=1, network="resnet20", width=0.125, seeds=[0], epochs=1, batch_size=40,
@@ -56,7 +57,7 @@ def store(swept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sweep does not look what is there: every task is given to the executor."""
-    monkeypatch.setattr(sweeping, "entries", lambda task: None)
+    monkeypatch.setattr(sweeping, "entries", lambda task: (set(), False))
 
 
 def fail(*_: object, **__: object) -> None:
