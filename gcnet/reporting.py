@@ -157,7 +157,9 @@ def accuracy_table(study: Study) -> pd.DataFrame:
         rows.append(
             {
                 **{name: result[name] for name in CELL},
-                **{n: result[n] for n in ("kept_weights", "macs", "accuracy_before", "accuracy", "ece")},
+                **{
+                    n: result[n] for n in ("kept_weights", "macs", "accuracy_before", "accuracy", "ece", "accuracy_val")
+                },
                 "collapsed_layers": len(result["collapsed_layers"]),
                 "passes_signal": result["passes_signal"],
             }
