@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from scipy.special import ndtri, stdtrit
+from scipy.special import ndtri, stdtr, stdtrit
 from torch import Tensor, nn
 
 from gcnet.cost import evaluation_mode
@@ -145,7 +145,8 @@ def paired_differences(
     """Differences `chosen` - `against` at the same pruner, sparsity, seed, shift and severity.
 
     rows: as in shift_accuracy.csv. chosen, against: column -> value or list of values, e.g. {"hybrid": "B25"}. Returns
-    a frame of one row per (pruner, sparsity, seed) and one column per (shift, severity): what `bootstrap` takes.
+    a frame of one row per (pruner, sparsity, seed) and one column per (shift, severity): what `bootstrap` takes. Where
+    `against` names a pruner, the two sides need not have the same one and the index says the chosen one's.
     """
 
     def part(where: dict[str, object]) -> pd.DataFrame:
@@ -155,25 +156,57 @@ def paired_differences(
         index = ["pruner", "sparsity", "seed"]
         return found.pivot_table(index=index, columns=["shift", "severity"], values=value, aggfunc="mean")
 
-    return (part(chosen) - part(against)).dropna(how="all").dropna(axis=1, how="any")
+    left, right = part(chosen), part(against)
+    if "pruner" in against:
+        if left.empty or right.empty:
+            return left.iloc[:0]
+        alone = right.droplevel("pruner")
+        right = pd.concat(dict.fromkeys(left.index.unique("pruner"), alone), names=["pruner"])
+    return (left - right).dropna(how="all").dropna(axis=1, how="any")
 
 
-def seeds_needed(interval: Interval, smallest: float, power: float = 0.8) -> int:
-    """About how many seeds would tell a difference of this size (at least `smallest`) from none, at 5 % and `power`."""
-    size = max(abs(interval.estimate), smallest)
+def p_value(interval: Interval, margin: float = 0.0) -> float:
+    """Two-sided p of "the difference is -margin": below 0.05 exactly where the 95 % interval leaves -margin out.
+
+    The interval's arm towards -margin is read as that of a t interval over the seeds. 1 with a single seed.
+    """
+    distance = interval.estimate + margin
+    arm = interval.estimate - interval.low if distance > 0 else interval.high - interval.estimate
+    if interval.n < 2 or distance == 0:
+        return 1.0
+    if arm == 0:
+        return 0.0
+    freedom = interval.n - 1
+    return float(2 * stdtr(freedom, -abs(distance) / arm * stdtrit(freedom, 0.975)))
+
+
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """p values adjusted for how many there are, step down (Holm 1979): each <= 0.05 holds at 5 % for the family."""
+    p = np.asarray(p_values, dtype=float)
+    order = np.argsort(p, kind="stable")
+    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(stepped, 1)
+    return adjusted
+
+
+def seeds_needed(interval: Interval, smallest: float, margin: float = 0.0, power: float = 0.8) -> int:
+    """About how many seeds would tell such a difference (at least `smallest`) from -margin, at 5 % and `power`."""
+    size = max(abs(interval.estimate + margin), smallest)
     if not math.isfinite(interval.spread):
         return 3
     return max(3, interval.n + 1, math.ceil(((ndtri(0.975) + ndtri(power)) * interval.spread / size) ** 2))
 
 
-def verdict(interval: Interval, *, margin: float = 0.0, smallest: float = 0.002) -> str:
+def verdict(interval: Interval, *, margin: float = 0.0, smallest: float = 0.002, p: float = 0.0) -> str:
     """'supported', 'contradicted' or 'inconclusive (...)' for the statement "the difference is above -margin".
 
     margin: 0 for "better than"; a tolerated loss for "at least as good as". smallest: a difference that would matter,
-    for the number of seeds that an inconclusive verdict names. All in fractions of accuracy.
+    for the number of seeds that an inconclusive verdict names. All in fractions of accuracy. p: the p value adjusted
+    for the other comparisons of the table; above 0.05 the verdict is inconclusive wherever the interval lies.
     """
-    if interval.low > -margin:
+    if interval.low > -margin and p <= 0.05:
         return "supported"
-    if interval.high < -margin:
+    if interval.high < -margin and p <= 0.05:
         return "contradicted"
-    return f"inconclusive (n too small: would need about {seeds_needed(interval, smallest)} seeds)"
+    return f"inconclusive (n too small: would need about {seeds_needed(interval, smallest, margin)} seeds)"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gcnet.connectivity import connectivity as measure_connectivity
 from gcnet.errors import unknown
-from gcnet.ghost import build_ghost, check_batchnorm
+from gcnet.ghost import build_ghost, build_mixture, check_batchnorm
 from gcnet.graph import LayerGraph, layer_graph
 from gcnet.pruning import (
     PRUNERS,
@@ -27,7 +27,7 @@ from gcnet.pruning import (
     weight_name,
 )
 
-Role = Literal["direct", "guided"]
+Role = Literal["direct", "guided", "mixed"]
 
 # name -> (side the ghost guides, share of the weighted layers). Source: GC-Net, Fig. 3.
 HYBRIDS: dict[str, tuple[str, float]] = {
@@ -39,13 +39,19 @@ HYBRIDS: dict[str, tuple[str, float]] = {
 }
 
 
+def mixing_exponent(hybrid: str | Sequence[str]) -> float | None:
+    """The exponent of the hybrids "Mix<percent>" (see `mixed_masks`), None for any other."""
+    match = re.fullmatch(r"Mix(\d{1,3})", hybrid) if isinstance(hybrid, str) else None
+    return int(match[1]) / 100 if match else None
+
+
 def side_and_share(hybrid: str) -> tuple[str, float]:
     """("front" or "back", share of the layers the ghost guides) of a hybrid's name. Raises ValueError if unknown."""
     if hybrid in HYBRIDS:
         return HYBRIDS[hybrid]
     match = re.fullmatch(r"([FB])(\d{1,2}|100)", hybrid)
     if match is None:
-        raise unknown("hybrid", hybrid, [*HYBRIDS, "F<percent>", "B<percent>"])
+        raise unknown("hybrid", hybrid, [*HYBRIDS, "F<percent>", "B<percent>", "Mix<percent>"])
     return ("front" if match[1] == "F" else "back"), int(match[2]) / 100
 
 
@@ -96,11 +102,21 @@ def hybrid_masks(
 
     Each part has its own ranking and is pruned to the same sparsity; together they lose exactly as many weights as
     direct pruning of the whole network does (choice). Source: GC-Net, Fig. 1 (green, yellow and red modules), Fig. 3.
+    hybrid "Mix<percent>" (this project's, not the paper's): one ranking of all layers in the network whose weights are
+    magnitude times connectivity to that power, see `build_mixture`; Mix100 is the product, Mix0 is direct pruning.
     """
-    plan = split(graph, hybrid)
-    missing = [layer for layer, role in plan.items() if role == "guided" and layer not in connectivity]
+    exponent = mixing_exponent(hybrid)
+    if exponent is not None:
+        plan: dict[str, Role] = {layer: "mixed" if graph.parents[layer] else "direct" for layer in graph.layers}
+    else:
+        plan = split(graph, hybrid)
+    missing = [layer for layer, role in plan.items() if role != "direct" and layer not in connectivity]
     if missing:
         raise ValueError(f"no connectivity is given for the guided layers {missing}")
+    if exponent is not None:
+        mixture = build_mixture(model, connectivity, exponent)
+        how = {"pruner": pruner, "sparsity": sparsity, "layers": graph.layers}
+        return prune(mixture, **how, example_input=example_input, seed=seed), plan
     parts: dict[Role, list[str]] = {"direct": [], "guided": []}
     for layer, role in plan.items():
         parts[role].append(layer)

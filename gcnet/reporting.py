@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-import yaml
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from gcnet import paths
 from gcnet.cells import cell_result, cells, connectivity_images, normalized_batches, shift_rows, splits
 from gcnet.connectivity import connectivity
-from gcnet.evaluation import Interval, bootstrap, mean_corruption_error, paired_differences, verdict
+from gcnet.evaluation import bootstrap, mean_corruption_error
 from gcnet.graph import LayerGraph
 from gcnet.store import atomic_write, provenance, used_code, write_json
 from gcnet.study import Study
@@ -242,69 +241,3 @@ def parent_matrices(study: Study, net: nn.Sequential, graph: LayerGraph, child: 
         batches = normalized_batches(net, connectivity_images(study))
         parts[parent] = connectivity(net[1], batches, tap=study.tap, graph=alone)[child]
     return parts
-
-
-# --- claims ---------------------------------------------------------------------------------------------------------
-
-
-def load_claims(path: Path | None = None) -> list[dict[str, Any]]:
-    """params/claims.yaml: each testable sentence as data."""
-    return yaml.safe_load((path or paths.params() / "claims.yaml").read_text(encoding="utf-8"))
-
-
-def claims_table(study: Study, shifts: pd.DataFrame, accuracy: pd.DataFrame) -> pd.DataFrame:
-    """claims.csv: claim, source, statement, measure, estimate, ci_low, ci_high, n, verdict, per comparison.
-
-    Differences are paired: the same pruner, sparsity, seed, shift and severity on both sides, averaged over pruners.
-    A comparison whose cells the study does not have is left out.
-    """
-    rows = []
-    for claim in load_claims():
-        for test in claim["comparisons"]:
-            for sparsity in study.sparsities:
-                interval = _compare(test, sparsity, shifts, accuracy)
-                if interval is not None:
-                    rows.append(_claim_row(claim, test, sparsity, interval))
-    columns = ["claim", "source", "statement", "measure", "estimate", "ci_low", "ci_high", "n", "verdict", "sparsity"]
-    return pd.DataFrame(rows, columns=columns)
-
-
-def _compare(test: dict[str, Any], sparsity: float, shifts: pd.DataFrame, accuracy: pd.DataFrame) -> Interval | None:
-    if test["measure"] == "macs":
-        dense = accuracy[accuracy.pruner == "none"].macs.iloc[0]
-        source = accuracy.assign(shift="clean", severity=0, value=-accuracy.macs / dense)
-    else:
-        wanted = shifts.severity > 0 if test["measure"] == "shifted" else shifts.severity == 0
-        source = shifts[wanted].assign(value=shifts.accuracy)
-    source = source[source.sparsity == sparsity]
-    difference = paired_differences(source, test["of"], test["against"], "value")
-    if difference.empty:
-        return None
-    # Seeds are the repetitions; what a seed's networks do under every pruner and shift is one block.
-    by_seed = difference.unstack("pruner").droplevel("sparsity").dropna(axis=1)
-    return bootstrap(by_seed.to_numpy())
-
-
-_MEASURES = {
-    "shifted": "accuracy under shift, difference",
-    "clean": "clean accuracy, difference",
-    "macs": "share of dense MACs saved, difference",
-}
-
-
-def _claim_row(claim: dict[str, Any], test: dict[str, Any], sparsity: float, interval: Interval) -> dict[str, Any]:
-    def names(where: dict[str, Any]) -> str:
-        return " ".join("/".join(v) if isinstance(v, list) else str(v) for v in where.values())
-
-    return {
-        "claim": claim["id"],
-        "source": claim["source"],
-        "statement": claim["statement"],
-        "measure": f"{_MEASURES[test['measure']]}: {names(test['of'])} - {names(test['against'])}",
-        "estimate": interval.estimate,
-        "ci_low": interval.low,
-        "ci_high": interval.high,
-        "n": interval.n,
-        "verdict": verdict(interval, margin=test.get("margin", 0.0)),
-        "sparsity": sparsity,
-    }

@@ -125,7 +125,7 @@ class Study(BaseModel):
         # Imported here: study.py stands above every registry it checks against.
         from gcnet.connectivity import SIMILARITIES
         from gcnet.data import DATASETS
-        from gcnet.hybrid import side_and_share
+        from gcnet.hybrid import mixing_exponent, side_and_share
         from gcnet.networks import NETWORKS
         from gcnet.pruning import PRUNERS
         from gcnet.shifts import CORRUPTIONS, NATURAL_SHIFTS
@@ -142,7 +142,7 @@ class Study(BaseModel):
         check("pruner", [*self.pruners, self.flops_pruner], PRUNERS)
         check("similarity", [*self.guidance, *self.flops_similarities], SIMILARITIES)
         for name in chain.from_iterable(self.guidance.values()):
-            if name == "direct" or side_and_share(name)[1] == 0:
+            if not mixing_exponent(name) and (name == "direct" or side_and_share(name)[1] == 0):
                 raise ValueError(f"unknown hybrid '{name}' of guidance: it guides no layer (direct always runs)")
         check("shift", self.shifts, [*CORRUPTIONS, "all"])
         check("natural shift", self.natural_shifts, NATURAL_SHIFTS)

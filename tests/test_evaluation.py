@@ -20,7 +20,9 @@ from gcnet.evaluation import (
     bootstrap,
     calibration_error,
     evaluate,
+    holm,
     mean_corruption_error,
+    p_value,
     paired_differences,
     predict,
     score,
@@ -260,3 +262,63 @@ def test_seeds_that_would_be_needed() -> None:
 def test_shift_values_are_numbers_that_numpy_agrees_with() -> None:
     logits, labels = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)), torch.arange(50) % 4
     assert accuracy(logits, labels) == np.mean(logits.numpy().argmax(1) == labels.numpy())
+
+
+# --- p values and many comparisons ---
+
+
+@pytest.mark.parametrize(("low", "high", "margin"), [(0.01, 0.05, 0.0), (-0.004, 0.02, 0.005), (-0.05, -0.01, 0.0)])
+def test_p_is_below_five_percent_where_the_interval_leaves_the_margin_out(
+    low: float, high: float, margin: float
+) -> None:
+    assert p_value(Interval((low + high) / 2, low, high, 4, 0.01), margin) < 0.05
+
+
+@pytest.mark.parametrize(("low", "high", "margin"), [(-0.01, 0.05, 0.0), (-0.006, 0.02, 0.005), (-0.05, 0.0001, 0.0)])
+def test_p_is_above_five_percent_where_it_does_not(low: float, high: float, margin: float) -> None:
+    assert p_value(Interval((low + high) / 2, low, high, 4, 0.01), margin) > 0.05
+
+
+def test_p_of_a_t_interval_is_that_of_the_t_test() -> None:
+    values = np.array([0.01, 0.03, 0.02, 0.05])
+    theirs = scipy.stats.ttest_1samp(values, 0)
+    low, high = theirs.confidence_interval()
+    assert p_value(Interval(values.mean(), low, high, 4, 0.0)) == pytest.approx(theirs.pvalue)
+
+
+def test_p_with_one_seed_or_no_spread() -> None:
+    assert p_value(bootstrap(np.array([0.3]))) == 1.0
+    assert p_value(Interval(0.2, 0.2, 0.2, 3, 0.0)) == 0.0
+    assert p_value(Interval(-0.1, -0.2, 0.0, 3, 0.1), margin=0.1) == 1.0
+
+
+def test_holm_by_hand() -> None:
+    # sorted: .005 x 4, .01 x 3, .03 x 2, .04 x 1 -> never falling
+    assert holm([0.01, 0.04, 0.03, 0.005]).tolist() == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]).tolist() == [1.0, 1.0] and holm([]).tolist() == []
+
+
+def test_a_verdict_goes_by_the_adjusted_p() -> None:
+    clear = Interval(0.03, 0.01, 0.05, 4, 0.01)
+    assert verdict(clear, p=0.04) == "supported"
+    assert verdict(clear, p=0.06).startswith("inconclusive")
+
+
+def test_seeds_needed_count_the_distance_to_the_margin() -> None:
+    interval = Interval(-0.004, -0.02, 0.012, 3, 0.01)
+    assert seeds_needed(interval, 0.0001, margin=0.005) > seeds_needed(interval, 0.0001)
+
+
+def test_differences_between_two_pruners() -> None:
+    def row(pruner: str, hybrid: str, seed: int, accuracy: float) -> dict[str, object]:
+        return {"pruner": pruner, "hybrid": hybrid, "similarity": "none", "sparsity": 0.5, "seed": seed,
+                "shift": "fog", "severity": 1, "accuracy": accuracy}  # fmt: skip
+
+    rows = pd.DataFrame(
+        [row("l1", "Mix50", 0, 0.7), row("l1", "Mix50", 1, 0.8), row("lamp", "direct", 0, 0.6),
+         row("lamp", "direct", 1, 0.9), row("l1", "direct", 0, 0.1)]
+    )  # fmt: skip
+    found = paired_differences(rows, {"pruner": "l1", "hybrid": "Mix50"}, {"pruner": "lamp", "hybrid": "direct"})
+    assert found["fog", 1].tolist() == pytest.approx([0.1, -0.1])
+    assert found.index.names == ["pruner", "sparsity", "seed"]
+    assert paired_differences(rows, {"pruner": "random"}, {"pruner": "lamp"}).empty

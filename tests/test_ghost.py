@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gcnet.ghost import build_ghost, expand
+from gcnet.ghost import build_ghost, build_mixture, expand
 
 
 def small() -> nn.Sequential:
@@ -113,3 +113,21 @@ def test_a_matrix_of_another_network_names_the_layer() -> None:
         build_ghost(small(), {"6": torch.ones(3, 6)})
     with pytest.raises(ValueError, match=r"layer '9'"):
         build_ghost(small(), {"9": torch.ones(3, 6)})
+
+
+# --- magnitude and connectivity together ---
+
+
+def test_a_mixture_multiplies_and_keeps_each_layers_balance() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.Conv2d(2, 2, 1, bias=False))
+    for layer in model:
+        nn.init.constant_(layer.weight, 2.0)
+    matrix = torch.tensor([[0.5, -0.1], [0.2, 0.0]])  # mean of the magnitudes 0.2
+    mixture = build_mixture(model, {"1": matrix}, 1.0)
+    assert mixture[1].weight.flatten().tolist() == pytest.approx([5.0, 1.0, 2.0, 0.0])
+    assert torch.equal(mixture[0].weight, model[0].weight) and torch.all(model[1].weight == 2)
+    assert torch.equal(build_mixture(model, {"1": matrix.abs() + 1}, 0.0)[1].weight, model[1].weight)
+    with pytest.raises(ValueError, match="must not be negative"):
+        build_mixture(model, {"1": matrix}, -1.0)
+    with pytest.raises(ValueError, match="layer '1'"):
+        build_mixture(model, {"1": matrix[:1]}, 1.0)

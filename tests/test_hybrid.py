@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gcnet.connectivity import SIMILARITIES, connectivity
-from gcnet.ghost import build_ghost
+from gcnet.ghost import build_ghost, build_mixture
 from gcnet.graph import LayerGraph, layer_graph
 from gcnet.hybrid import HYBRIDS, ghost_prune, hybrid_masks, passes_signal, split
 from gcnet.networks import NETWORKS, build
@@ -370,3 +370,24 @@ def test_layers_that_do_not_meet_pass_nothing() -> None:
     masks["a.weight"][1:] = False  # only channel 0 is made
     masks["b.weight"][:, 0] = False  # and not read
     assert not passes_signal(model, masks, X)
+
+
+# --- magnitude and connectivity in one ranking ---
+
+
+def test_a_mix_ranks_all_layers_together_at_the_exact_sparsity() -> None:
+    model, example = Three(), images()[0][0]
+    graph = layer_graph(model, example)
+    matrices = {n: torch.rand(model.get_submodule(n).weight.shape[:2]) for n in graph.layers if graph.parents[n]}
+    options = {"pruner": "l1", "sparsity": 0.5, "example_input": example}
+    masks, plan = hybrid_masks(model, graph, matrices, hybrid="Mix50", **options)
+    total = sum(mask.numel() for mask in masks.values())
+    assert sum(int((~mask).sum()) for mask in masks.values()) == round(total / 2)
+    assert set(plan.values()) == {"direct", "mixed"} and plan[graph.layers[0]] == "direct"
+    nothing, _ = hybrid_masks(model, graph, matrices, hybrid="Mix0", **options)
+    direct, _ = hybrid_masks(model, graph, {}, hybrid="direct", **options)
+    assert all(torch.equal(nothing[name], direct[name]) for name in direct)
+    mixed = build_mixture(model, matrices, 0.5)
+    kept = torch.cat([m.get_submodule(n[:-7]).weight.abs()[k] for m in [mixed] for n, k in masks.items()]).min()
+    lost = torch.cat([mixed.get_submodule(n[:-7]).weight.abs()[~k] for n, k in masks.items()]).max()
+    assert kept >= lost

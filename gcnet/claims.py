@@ -1,0 +1,139 @@
+"""The claims of `params/claims.yaml`, judged on a study's tables: paired differences, intervals, verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from gcnet import paths
+from gcnet.cells import drift_rows
+from gcnet.evaluation import Interval, bootstrap, holm, p_value, paired_differences, verdict
+from gcnet.study import Study
+
+COLUMNS = (
+    "claim", "source", "statement", "measure", "estimate", "ci_low", "ci_high", "n", "verdict", "sparsity",
+    "p", "p_holm",
+)  # fmt: skip
+_MEASURES = {
+    "shifted": "accuracy under shift, difference",
+    "clean": "clean accuracy, difference",
+    "macs": "share of dense MACs saved, difference",
+    "drift_rank": "rank correlation of connectivity clean and shifted",
+    "drift_accuracy": "rank correlation over shifts",
+}
+
+
+def load_claims(path: Path | None = None) -> list[dict[str, Any]]:
+    """params/claims.yaml: each testable sentence as data. A claim may name the `studies` it is tested on."""
+    return yaml.safe_load((path or paths.params() / "claims.yaml").read_text(encoding="utf-8"))
+
+
+def claims_table(study: Study, shifts: pd.DataFrame, accuracy: pd.DataFrame) -> pd.DataFrame:
+    """claims.csv: claim, source, statement, measure, estimate, ci_low, ci_high, n, verdict, sparsity, p, p_holm.
+
+    One row a comparison and sparsity. Differences are paired: the same pruner (unless the comparison names one on each
+    side), sparsity, seed, shift and severity, averaged over pruners. A comparison whose cells the study does not have
+    is left out. p_holm is adjusted for all comparisons of one claim, and the verdict goes by it (choice).
+    """
+    rows: list[dict[str, Any]] = []
+    for claim in load_claims():
+        if study.study not in claim.get("studies", [study.study]):
+            continue
+        tested = [
+            (test, sparsity, interval)
+            for test in claim["comparisons"]
+            for sparsity in ((0.0,) if test["measure"].startswith("drift") else study.sparsities)
+            if (interval := _interval(study, test, sparsity, shifts, accuracy)) is not None
+        ]
+        p = [p_value(interval, test.get("margin", 0.0)) for test, _, interval in tested]
+        for (test, sparsity, interval), alone, adjusted in zip(tested, p, holm(p), strict=True):
+            rows.append(
+                {
+                    "claim": claim["id"],
+                    "source": claim["source"],
+                    "statement": claim["statement"],
+                    "measure": _in_words(test),
+                    "estimate": interval.estimate,
+                    "ci_low": interval.low,
+                    "ci_high": interval.high,
+                    "n": interval.n,
+                    "verdict": verdict(interval, margin=test.get("margin", 0.0), p=adjusted),
+                    "sparsity": sparsity,
+                    "p": alone,
+                    "p_holm": adjusted,
+                }
+            )
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def overall(claims: pd.DataFrame) -> pd.DataFrame:
+    """One row a claim: claim, statement, supported, contradicted, inconclusive (comparisons), verdict.
+
+    A claim speaks of all its comparisons: it is supported when each is, contradicted when any is, else inconclusive.
+    """
+    rows = []
+    for claim, part in claims.groupby("claim", sort=False):
+        words = part.verdict.str.split(" ").str[0]
+        count = {word: int((words == word).sum()) for word in ("supported", "contradicted", "inconclusive")}
+        word = "contradicted" if count["contradicted"] else "inconclusive" if count["inconclusive"] else "supported"
+        rows.append({"claim": claim, "statement": part.statement.iloc[0], **count, "verdict": word})
+    return pd.DataFrame(rows, columns=["claim", "statement", "supported", "contradicted", "inconclusive", "verdict"])
+
+
+# --- one comparison -------------------------------------------------------------------------------------------------
+
+
+def _interval(
+    study: Study, test: Mapping[str, Any], sparsity: float, shifts: pd.DataFrame, accuracy: pd.DataFrame
+) -> Interval | None:
+    """The paired difference of a comparison with its interval, None where the study has no such cells."""
+    if test["measure"].startswith("drift"):
+        return _drift(study, test, shifts)
+    if test["measure"] == "macs":
+        dense = accuracy[accuracy.pruner == "none"].macs.iloc[0]
+        source = accuracy.assign(shift="clean", severity=0, value=-accuracy.macs / dense)
+    else:
+        wanted = shifts.severity > 0 if test["measure"] == "shifted" else shifts.severity == 0
+        source = shifts[wanted].assign(value=shifts.accuracy)
+    difference = paired_differences(source[source.sparsity == sparsity], test["of"], test["against"], "value")
+    if difference.empty:
+        return None
+    # Seeds are the repetitions; what a seed's networks do under every pruner and shift is one block.
+    by_seed = difference.unstack("pruner").droplevel("sparsity").dropna(axis=1)
+    return bootstrap(by_seed.to_numpy())
+
+
+def _drift(study: Study, test: Mapping[str, Any], shifts: pd.DataFrame) -> Interval | None:
+    """How connectivity measured on shifted images relates to that on clean ones, seeds outside, shifts inside."""
+    if not study.runs("02"):
+        return None
+    moved = pd.DataFrame([row for seed in study.seeds for row in drift_rows(study, seed)])
+    by_shift = moved.groupby(["seed", "shift"])[["distance", "rank_correlation"]].mean()
+    if test["measure"] == "drift_rank":
+        return bootstrap(by_shift.rank_correlation.unstack("shift").to_numpy() - test["above"])
+    dense = shifts[shifts.pruner == "none"]
+    clean = dense[dense.severity == 0].set_index("seed").accuracy
+    shifted = dense[dense.severity == moved.severity.iloc[0]].set_index(["seed", "shift"]).accuracy
+    lost = clean.reindex(shifted.index, level="seed") - shifted
+    both = by_shift.join(lost.rename("lost"), how="inner")
+    if both.groupby("seed").size().min() < 3:
+        return None
+    of_seed = [part.distance.corr(part.lost, method="spearman") for _, part in both.groupby("seed")]
+    return bootstrap(np.nan_to_num(np.array(of_seed)))
+
+
+def _in_words(test: Mapping[str, Any]) -> str:
+    def names(where: Mapping[str, Any]) -> str:
+        return " ".join("/".join(v) if isinstance(v, list) else str(v) for v in where.values())
+
+    measure = _MEASURES[test["measure"]]
+    if test["measure"] == "drift_rank":
+        return f"{measure}: above {test['above']}"
+    if test["measure"] == "drift_accuracy":
+        return f"{measure}: distance of connectivity with accuracy lost"
+    return f"{measure}: {names(test['of'])} - {names(test['against'])}"

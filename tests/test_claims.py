@@ -1,0 +1,126 @@
+"""Claims: every comparison that a study has the cells for, judged for its direction, corrected for their number."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from gcnet import claims, paths
+from gcnet.claims import claims_table, load_claims, overall
+from gcnet.study import Study
+
+STUDY = Study.create(study="small", seeds=[0, 1, 2, 3], sparsities=[0.8], notebooks=["05"])
+GAIN = {"direct": 0.0, "B25": 0.04, "Full": -0.2}
+
+
+def shifts() -> pd.DataFrame:
+    """Accuracies that differ by GAIN and a little by seed and shift."""
+    rows = []
+    for seed, (hybrid, gain), (k, shift) in itertools.product(
+        STUDY.seeds, GAIN.items(), enumerate(("clean", "fog", "snow"))
+    ):
+        similarity = "none" if hybrid == "direct" else "pearson"
+        rows.append(
+            {"pruner": "l1", "hybrid": hybrid, "similarity": similarity, "sparsity": 0.8, "seed": seed, "shift": shift,
+             "severity": min(k, 1), "accuracy": 0.7 + gain * (1 + 0.1 * seed) - 0.05 * k}
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def accuracy() -> pd.DataFrame:
+    rows = [{"pruner": "none", "hybrid": "none", "similarity": "none", "sparsity": 0.0, "seed": s, "macs": 100} for s in
+            STUDY.seeds]  # fmt: skip
+    for seed, (hybrid, left) in itertools.product(STUDY.seeds, {"direct": 50, "B25": 40, "Full": 60}.items()):
+        similarity = "none" if hybrid == "direct" else "pearson"
+        rows.append({"pruner": "l1", "hybrid": hybrid, "similarity": similarity, "sparsity": 0.8, "seed": seed,
+                     "macs": left})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture
+def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def table(*comparisons: dict, **more: object) -> pd.DataFrame:
+        claim = {"id": "a", "source": "s", "statement": "t", "comparisons": list(comparisons), **more}
+        (tmp_path / "claims.yaml").write_text(yaml.safe_dump([claim]))
+        monkeypatch.setattr(paths, "params", lambda: tmp_path)
+        return claims_table(STUDY, shifts(), accuracy())
+
+    return table
+
+
+def against_direct(hybrid: str, measure: str = "shifted", **more: float) -> dict:
+    return {"measure": measure, "of": {"hybrid": hybrid}, "against": {"hybrid": "direct"}, **more}
+
+
+def test_a_gain_is_supported_and_a_loss_contradicted(judge) -> None:
+    found = judge(against_direct("B25"), against_direct("Full"))
+    assert found.verdict.tolist() == ["supported", "contradicted"] and found.n.tolist() == [4, 4]
+    assert found.estimate.tolist() == pytest.approx([0.04 * 1.15, -0.2 * 1.15])
+    assert (found.ci_low < found.estimate).all() and (found.estimate < found.ci_high).all()
+
+
+def test_the_clean_images_and_the_operations_are_measures_too(judge) -> None:
+    found = judge(against_direct("B25", "clean"), against_direct("B25", "macs"), against_direct("Full", "macs"))
+    assert found.estimate.tolist() == pytest.approx([0.04 * 1.15, 0.1, -0.1])
+    assert found.verdict.tolist() == ["supported", "supported", "contradicted"]
+
+
+def test_p_is_adjusted_for_the_comparisons_of_a_claim(judge) -> None:
+    alone, both = judge(against_direct("B25")), judge(against_direct("B25"), against_direct("Full"))
+    assert alone.p_holm[0] == alone.p[0] and both.p_holm.max() == pytest.approx(2 * both.p.min())
+
+
+def test_a_margin_moves_the_line(judge) -> None:
+    assert judge(against_direct("Full", margin=0.5)).verdict[0] == "supported"
+
+
+def test_cells_that_are_not_there_and_other_studies_are_left_out(judge) -> None:
+    assert judge(against_direct("FH")).empty and list(judge(against_direct("FH")).columns) == list(claims.COLUMNS)
+    assert judge(against_direct("B25"), studies=["another"]).empty
+    assert len(judge(against_direct("B25"), studies=["small"])) == 1
+
+
+def test_a_claim_is_as_strong_as_its_weakest_comparison() -> None:
+    rows = [("a", "supported"), ("a", "supported"), ("b", "supported"), ("b", "inconclusive (n ...)"),
+            ("c", "inconclusive (n ...)"), ("c", "contradicted")]  # fmt: skip
+    found = overall(pd.DataFrame([{"claim": c, "statement": c, "verdict": v} for c, v in rows]))
+    assert found.verdict.tolist() == ["supported", "inconclusive", "contradicted"]
+    assert found[["supported", "contradicted", "inconclusive"]].sum(axis=1).tolist() == [2, 2, 2]
+    assert overall(pd.DataFrame(columns=list(claims.COLUMNS))).empty
+
+
+def drifting(study: Study, seed: int) -> list[dict]:
+    """Fog moves connectivity little, snow more, frost most."""
+    moved = {"fog": 0.1, "snow": 0.2, "frost": 0.4}
+    return [
+        {"seed": seed, "shift": shift, "severity": 1, "layer": layer, "distance": d, "rank_correlation": 1 - d / 10}
+        for (shift, d), layer in itertools.product(moved.items(), ("a", "b"))
+    ]
+
+
+def test_drift_of_connectivity_and_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "drift_rows", drifting)
+    study = STUDY.model_copy(update={"notebooks": ("02", "05")})
+    lost = {"clean": 0.0, "fog": 0.02, "snow": 0.1, "frost": 0.3}
+    dense = pd.DataFrame(
+        [{"pruner": "none", "seed": seed, "shift": shift, "severity": int(shift != "clean"), "accuracy": 0.9 - loss}
+         for seed, (shift, loss) in itertools.product(STUDY.seeds, lost.items())]
+    )  # fmt: skip
+    close = claims._interval(study, {"measure": "drift_rank", "above": 0.9}, 0.0, dense, accuracy())
+    costs = claims._interval(study, {"measure": "drift_accuracy"}, 0.0, dense, accuracy())
+    assert close.estimate == pytest.approx(1 - 0.7 / 3 / 10 - 0.9) and costs.estimate == 1.0
+    assert claims._interval(STUDY, {"measure": "drift_accuracy"}, 0.0, dense, accuracy()) is None
+
+
+def test_the_projects_claims_are_well_formed() -> None:
+    found = load_claims()
+    assert len({claim["id"] for claim in found}) == len(found) >= 6
+    for claim in found:
+        assert set(claim) <= {"id", "source", "statement", "comparisons", "studies"}
+        for test in claim["comparisons"]:
+            assert test["measure"] in claims._MEASURES
+            assert test["measure"].startswith("drift") or {"of", "against"} <= set(test)
