@@ -27,7 +27,7 @@ from gcnet.training import Normalize, Recipe, fast_bfloat16, pick_device, train
 
 # What a result depends on. A number is raised when the computation behind a kind changes its results.
 VERSIONS = {"dense": 1, "connectivity": 1, "cell": 1, "corrupted": 1, "shift": 1, "flops": 1, "drift": 1}
-DATA = ("dataset", "image_size", "channels", "val_share", "split_seed", "train_images")
+DATA = ("dataset", "image_size", "channels", "val_share", "split_seed", "train_images", "classes")
 NETWORK = ("network", "width")
 TRAINING = ("epochs", "batch_size", "lr", "schedule", "momentum", "weight_decay", "label_smoothing", "crop_padding",
             "flip")  # fmt: skip
@@ -35,11 +35,8 @@ CORRUPTION_SEED = 0
 
 
 @lru_cache(maxsize=2)
-def _splits(dataset: str, image_size: int, channels: int, val_share: float, split_seed: int, train_images: int):
-    return data.load(
-        dataset, image_size=image_size, channels=channels, val_share=val_share, split_seed=split_seed,
-        train_images=train_images,
-    )  # fmt: skip
+def _splits(dataset: str, **options: Any) -> data.Splits:
+    return data.load(dataset, **options)
 
 
 def splits(study: Study) -> data.Splits:
@@ -75,6 +72,7 @@ def _dense_inputs(study: Study, seed: int) -> dict[str, Any]:
         "version": VERSIONS["dense"],
         **study.only(*DATA, *NETWORK, *TRAINING),
         "train_images": study.train_images or None,
+        "classes": study.classes or None,
         "seed": seed,
         "precision": precision(study),
         "data_sha256": splits(study).train.sha256,
@@ -368,6 +366,7 @@ def corrupted_images(study: Study, name: str, severity: int) -> Tensor:
     inputs = {
         "version": VERSIONS["corrupted"],
         **study.only("dataset", "image_size", "channels", "split_seed", "shift_images", "severity_table"),
+        "classes": study.classes or None,
         "data_sha256": splits(study).test.sha256,
         "name": name,
         "severity": severity,
@@ -468,6 +467,8 @@ def shift_rows(study: Study, cell: Cell) -> list[dict[str, Any]]:
                 rows.append({"shift": name, "severity": severity, **score(net, shifted, precision=how)})
         for name in study.natural_shifts:
             natural = data.load_test(NATURAL_SHIFTS[name][0], image_size=study.image_size, channels=study.channels)
+            if study.classes:
+                natural = natural.first_classes(study.classes)
             rows.append({"shift": name, "severity": 1, **score(net, natural, precision=how)})
         write_json(folder / "shift.json", rows)
 

@@ -9,7 +9,7 @@ import os
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +54,11 @@ class Dataset:
     def take(self, index: Tensor) -> Dataset:
         """The images at `index` (int64), same sha256: it names what was loaded, the index follows from the seeds."""
         return Dataset(self.name, self.images[index], self.labels[index], self.classes, self.sha256)
+
+    def first_classes(self, count: int) -> Dataset:
+        """Only the images of the first `count` classes."""
+        found = self.take((self.labels < count).nonzero().flatten())
+        return replace(found, classes=self.classes[:count])
 
     def batches(self, batch_size: int = 256, device: torch.device | str = "cpu"):
         """(images uint8, labels) in order, on `device`."""
@@ -390,19 +395,26 @@ def load(
     val_share: float = 0.1,
     split_seed: int = 0,
     train_images: int = 0,
+    classes: int = 0,
     root: Path | None = None,
 ) -> Splits:
     """Train, validation and test sets of a registered data set, or of a folder (`image_folder:PATH`).
 
     The validation set is a share of the training images, from `split_seed`; a data set without a test set of its
-    own gives a quarter of its images for it (choice). Raises ValueError for an unknown name or undecodable files,
-    FileNotFoundError when images are missing or half there.
+    own gives a quarter of its images for it (choice). train_images: at most this many training images, class-balanced
+    (0: all). classes: only the first so many classes, in the data set's order (0: all). Raises ValueError for an
+    unknown name or undecodable files, FileNotFoundError when images are missing or half there.
     """
     tensors, meta = _load_parts(name, image_size, channels, root or paths.images())
-    classes = tuple(json.loads(meta["classes"]))
+    names = tuple(json.loads(meta["classes"]))
+    if classes and not 2 <= classes <= len(names):
+        raise ValueError(f"classes must be 0 (all) or 2..{len(names)} for '{name}', got {classes}")
 
     def whole(part: str) -> Dataset:
-        return Dataset(name, tensors[f"{part}.images"], tensors[f"{part}.labels"], classes, meta["sha256"])
+        found = Dataset(name, tensors[f"{part}.images"], tensors[f"{part}.labels"], names, meta["sha256"])
+        if not classes:
+            return found
+        return found.first_classes(classes)
 
     if "all.images" in tensors:
         everything = whole("all")

@@ -33,6 +33,7 @@ class Study(BaseModel):
     val_share: float = Field(0.1, ge=0, lt=1, description="share of the training images kept for choices")
     split_seed: int = Field(0, ge=0)
     train_images: int = Field(0, ge=0, description="use only this many training images, class-balanced; 0 = all")
+    classes: int = Field(0, ge=0, description="use only the first so many classes; 0 = all")
     natural_shifts: tuple[str, ...] = ()
 
     # network and its training
@@ -69,6 +70,10 @@ class Study(BaseModel):
         ("pearson", "spearman", "cosine", "distance", "hsic", "mutual_information", "partial"),
         description="similarity metrics compared in Figure 4 (masks only, no fine-tuning)",
     )
+
+    ablation_pruner: str = Field("os_synflow", description="the base pruner that each choice is flipped under")
+    ablation_hybrid: str = Field("Full", description="the hybrid that each choice is flipped under")
+    ablation_sparsity: float = Field(0.8, ge=0, lt=1)
 
     # shift evaluation
     shifts: tuple[str, ...] = Field(("all",), description="corruption names, or 'all'")
@@ -139,7 +144,7 @@ class Study(BaseModel):
             check("data set", [self.dataset], DATASETS)
         if not self.network.startswith("torchvision:"):
             check("network", [self.network], NETWORKS)
-        check("pruner", [*self.pruners, self.flops_pruner], PRUNERS)
+        check("pruner", [*self.pruners, self.flops_pruner, self.ablation_pruner], PRUNERS)
         check("similarity", [*self.guidance, *self.flops_similarities], SIMILARITIES)
         for name in chain.from_iterable(self.guidance.values()):
             if not mixing_exponent(name) and (name == "direct" or side_and_share(name)[1] == 0):
