@@ -16,7 +16,7 @@ PAIR := torch==2.14.1 torchvision==0.29.2
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help env existing reproduce sweep pack unpack status test test-slow lint bench lab clean clean-cache lock
+.PHONY: help env existing reproduce sweep verify pack unpack status test test-slow lint bench lab clean clean-cache lock
 
 RUNS := $(if $(GCNET_RUNS),$(GCNET_RUNS),runs)
 DONE := $(RUNS)/done/$(STUDY)
@@ -45,7 +45,7 @@ ENV := .venv/installed
 endif
 
 # Said while the file is read, before anything is installed or run.
-ifneq ($(filter reproduce sweep status clean pack unpack,$(MAKECMDGOALS)),)
+ifneq ($(filter reproduce sweep status clean verify pack unpack,$(MAKECMDGOALS)),)
 STUDIES := $(sort $(basename $(notdir $(shell grep -l '^study:' params/*.yaml))))
 ifeq ($(filter $(STUDY),$(STUDIES)),)
 NEAREST := $(shell python3 -c 'import sys, difflib; name, *known = sys.argv[1:]; \
@@ -100,10 +100,16 @@ before := sweep
 $(foreach name,$(filter-out 00_%,$(NOTEBOOKS)),\
 	$(eval $(DONE)/$(name).json: $(DONE)/$(before).json)$(eval before := $(name)))
 
+verify: | $(ENV)  ## compute the study again in a folder of its own and compare its tables with the committed ones
+	@$(PY) -m gcnet verify --study $(STUDY) $(if $(JOBS),--jobs $(JOBS))
+
 pack: | $(ENV)  ## write what the study computed to results/STUDY/store.zip, without the large files
 	@$(PY) -m gcnet pack --study $(STUDY)
 
-unpack: | $(ENV)  ## start from the packed results of the study instead of computing them
+unverify: | $(ENV)  ## compute the study again in a folder of its own and compare its tables with the committed ones
+	@$(PY) -m gcnet verify --study $(STUDY) $(if $(JOBS),--jobs $(JOBS))
+
+pack: | $(ENV)  ## start from the packed results of the study instead of computing them
 	@$(PY) -m gcnet unpack --study $(STUDY)
 
 status:  ## which stages of the study are done or stale, and why

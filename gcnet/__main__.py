@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import logging
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor
@@ -17,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from gcnet import archive, paths, run
+from gcnet import archive, paths, run, verify
 from gcnet.connectivity import SIMILARITIES
 from gcnet.data import DATASETS
 from gcnet.errors import unknown
@@ -87,6 +89,10 @@ def _parser() -> argparse.ArgumentParser:
         help="of submitit: --option slurm_partition=gpu --option gpus_per_node=1 --option timeout_min=240",
     )  # fmt: skip
     with_study(sub)
+    sub = command("verify", _verify, "compute a study again in a folder of its own and compare every table")
+    sub.add_argument("--jobs", type=int, default=cores(), help="worker processes (default: one a core)")
+    sub.add_argument("--keep", type=Path, help="compute in this folder and keep it (default: a temporary one)")
+    with_study(sub)
     sub = command("pack", _pack, "write what a study computed, without the large files, to results/<study>/store.zip")
     with_study(sub)
     sub = command("unpack", _unpack, "put the results in results/<study>/store.zip into the store")
@@ -115,8 +121,7 @@ def _run(options: argparse.Namespace) -> int:
     print(f"{notebook.stem}: running with study {study.study}", flush=True)
     started = time.perf_counter()
     executed = run.run_notebook(notebook, study)
-    shown = executed.relative_to(paths.project())
-    print(f"{notebook.stem}: done in {time.perf_counter() - started:.0f} s: {shown}", flush=True)
+    print(f"{notebook.stem}: done in {time.perf_counter() - started:.0f} s: {run.short(executed)}", flush=True)
     return 0
 
 
@@ -182,10 +187,35 @@ def _status(options: argparse.Namespace) -> int:
     return 0
 
 
+def _verify(options: argparse.Namespace) -> int:
+    study = _study(options)
+    committed = paths.results(study.study) / "tables"
+    if not any(committed.glob("*.csv")):
+        raise FileNotFoundError(f"study '{study.study}' has no tables below {run.short(committed)} to compare with")
+    with contextlib.ExitStack() as stack:
+        folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gcnet-verify-")))
+        stack.enter_context(verify.elsewhere(folder.resolve()))
+        with open_executor("local", options.jobs) as executor:
+            failures = sweep(study, executor)
+        if failures:
+            _print_failures(failures)
+            return 1
+        for stage in run.stages(study.study):
+            if stage != "sweep" and not stage.startswith("00_"):
+                print(f"{stage}: running", flush=True)
+                run.run_notebook(run.find_notebook(Path(stage)), study)
+        found = verify.compare(committed, paths.results(study.study) / "tables")
+    print(found.to_string(index=False))
+    held = verify.holds(found)
+    counts = ", ".join(f"{count} {word}" for word, count in found.verdict.value_counts().items())
+    print(f"study {study.study}: {'holds' if held else 'does not hold'} ({counts})")
+    return 0 if held else 1
+
+
 def _pack(options: argparse.Namespace) -> int:
     written, missing = archive.pack(_study(options))
     without = f", without {', '.join(missing)}: not computed yet" if missing else ""
-    print(f"{written.relative_to(paths.project())}: {written.stat().st_size / 2**20:.1f} MiB{without}")
+    print(f"{run.short(written)}: {written.stat().st_size / 2**20:.1f} MiB{without}")
     return 0
 
 

@@ -20,7 +20,8 @@ def params() -> Path:
 
 
 def results(study: str) -> Path:
-    return project() / "results" / study
+    """Where a study's figures and tables go: below `GCNET_RESULTS`, default `results/`."""
+    return project() / os.environ.get("GCNET_RESULTS", "results") / study
 
 
 def runs() -> Path:

@@ -115,10 +115,10 @@ def status(study: str) -> list[tuple[str, str, str]]:
         again = [name for name in before if state[name] != "done"]
         if not done.exists():
             failed = paths.results(study) / "notebooks" / f"{stage}.failed.ipynb"
-            why = f"failed: see {_short(failed)}" if failed.exists() else "not run yet"
+            why = f"failed: see {short(failed)}" if failed.exists() else "not run yet"
             state[stage] = "missing"
         elif newer := [p for p in needs if p.exists() and p.stat().st_mtime_ns > done.stat().st_mtime_ns]:
-            why = "newer: " + ", ".join(_short(p) for p in newer[:3]) + (", ..." if len(newer) > 3 else "")
+            why = "newer: " + ", ".join(short(p) for p in newer[:3]) + (", ..." if len(newer) > 3 else "")
             state[stage] = "stale"
         elif again:
             why = f"after {again[0]}, which will run again"
@@ -131,7 +131,8 @@ def status(study: str) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _short(path: Path) -> str:
+def short(path: Path) -> str:
+    """The path from the project's folder where it lies below it."""
     return str(path.relative_to(paths.project())) if path.is_relative_to(paths.project()) else str(path)
 
 
@@ -180,7 +181,7 @@ def run_notebook(notebook: Path, study: Study) -> Path:
             reason = reason or _unfinished(executed)
             _write(partial if reason else target, _tidy(executed))
     if reason:
-        where = f"; what it got to: {_short(partial)}" if partial.exists() else ""
+        where = f"; what it got to: {short(partial)}" if partial.exists() else ""
         raise NotebookError(f"{name}: {reason}{where}")
     partial.unlink(missing_ok=True)
     if is_params_file(study):

@@ -1,0 +1,95 @@
+"""Does a study come out again? Its tables, computed anew in a folder of their own, against the committed ones."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from gcnet.evaluation import bootstrap
+
+_EXACT = 1e-6  # relative: what is written has ten digits, float32 results in between have seven
+COLUMNS = ("table", "column", "rows", "same", "within", "missed", "verdict")
+
+
+@contextmanager
+def elsewhere(folder: Path) -> Iterator[None]:
+    """Inside, nothing that was computed before is found and results are written below `folder`."""
+    before = {name: os.environ.get(name) for name in ("GCNET_RUNS", "GCNET_RESULTS")}
+    os.environ |= {"GCNET_RUNS": str(folder / "runs"), "GCNET_RESULTS": str(folder / "results")}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
+
+
+def compare(committed: Path, anew: Path) -> pd.DataFrame:
+    """One row a table and number column: table, column, rows, same, within, missed, verdict.
+
+    committed, anew: folders of CSV files. same: rows equal to six digits. within: rows that differ, but whose mean over
+    seeds lies in the committed 95 % interval (over seeds where the table has them, else its own ci_low and ci_high).
+    missed: neither. verdict: "same", "within the interval", "differs" (some row missed), "differs, no interval" (some
+    row differs and the table has nothing to judge it by), "missing" (no such table or column any more, or other rows).
+    """
+    found: list[dict[str, Any]] = []
+    for path in sorted(committed.glob("*.csv")):
+        old = pd.read_csv(path)
+        if not (anew / path.name).exists():
+            found.append({"table": path.stem, "column": "", "rows": len(old), "missed": len(old), "verdict": "missing"})
+            continue
+        found += _columns(path.stem, old, pd.read_csv(anew / path.name))
+    return pd.DataFrame(found, columns=COLUMNS).fillna({"same": 0, "within": 0, "missed": 0})
+
+
+def _columns(table: str, old: pd.DataFrame, new: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    keys = [name for name in old.columns if name in _KEYS or not pd.api.types.is_numeric_dtype(old[name])]
+    keys = [name for name in keys if name not in ("verdict", "passes_signal")]
+    numbers = [n for n in old.columns if n not in keys and pd.api.types.is_numeric_dtype(old[n])]
+    for column in (n for n in numbers if n not in ("ci_low", "ci_high", "p", "p_holm")):
+        row: dict[str, Any] = {"table": table, "column": column, "rows": len(old)}
+        if column not in new or not set(keys) <= set(new.columns):
+            yield row | {"missed": len(old), "verdict": "missing"}
+            continue
+        both = old.merge(new, on=keys, how="left", suffixes=("", " anew"), indicator=True)
+        there = (both["_merge"] == "both").to_numpy()
+        a, b = both[column].to_numpy(float), both[f"{column} anew"].to_numpy(float)
+        same = there & np.isclose(a, b, rtol=_EXACT, atol=1e-9, equal_nan=True)
+        within = ~same & there & _within(both, column, [key for key in keys if key != "seed"])
+        missed = int((~same & ~within).sum())
+        judged = "seed" in keys or (column == "estimate" and {"ci_low", "ci_high"} <= set(both))
+        word = "differs" if judged else "differs, no interval"
+        if not missed:
+            word = "same" if same.all() else "within the interval"
+        word = word if there.all() else "missing"
+        yield row | {"same": int(same.sum()), "within": int(within.sum()), "missed": missed, "verdict": word}
+
+
+_KEYS = ("sparsity", "seed", "severity", "epsilon", "beta", "r", "delta", "groups")
+
+
+def _within(both: pd.DataFrame, column: str, keys: list[str]) -> np.ndarray:
+    """Whether each row's group (all its seeds) has its new mean inside the committed interval."""
+    if {"ci_low", "ci_high"} <= set(both) and column == "estimate":
+        return both["estimate anew"].between(both.ci_low, both.ci_high).to_numpy()
+    if "seed" not in both:
+        return np.zeros(len(both), dtype=bool)
+    inside = pd.Series(False, index=both.index)
+    for _, part in both.groupby(keys, dropna=False) if keys else [((), both)]:
+        interval = bootstrap(part[column].to_numpy(float))
+        # One seed tells nothing of the spread, so nothing is inside its interval.
+        inside[part.index] = len(part) > 1 and interval.low <= part[f"{column} anew"].mean() <= interval.high
+    return inside.to_numpy()
+
+
+def holds(found: pd.DataFrame) -> bool:
+    """Whether nothing is missing and whatever an interval can judge lies inside it."""
+    return not found.verdict.isin(("differs", "missing")).any()

@@ -1,0 +1,85 @@
+"""What comes out again, what lies inside the interval, what does not, and what is gone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from gcnet import paths
+from gcnet.verify import compare, elsewhere, holds
+
+
+def accuracy(*values: float, hybrid: str = "B25") -> pd.DataFrame:
+    return pd.DataFrame({"hybrid": hybrid, "seed": range(len(values)), "accuracy": values})
+
+
+@pytest.fixture
+def tables(tmp_path: Path):
+    def write(old: dict[str, pd.DataFrame], new: dict[str, pd.DataFrame]) -> pd.DataFrame:
+        for folder, frames in (("old", old), ("new", new)):
+            (tmp_path / folder).mkdir()
+            for name, frame in frames.items():
+                frame.to_csv(tmp_path / folder / f"{name}.csv", index=False, float_format="%.10g")
+        return compare(tmp_path / "old", tmp_path / "new")
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("new", "verdict", "counts"),
+    [
+        ((0.7, 0.72, 0.74), "same", (3, 0, 0)),
+        ((0.7, 0.73, 0.735), "within the interval", (1, 2, 0)),
+        ((0.3, 0.32, 0.34), "differs", (0, 0, 3)),
+    ],
+)
+def test_accuracies_by_their_interval_over_seeds(tables, new, verdict, counts) -> None:
+    (row,) = tables({"accuracy": accuracy(0.7, 0.72, 0.74)}, {"accuracy": accuracy(*new)}).itertuples()
+    assert (row.table, row.column, row.rows, row.verdict) == ("accuracy", "accuracy", 3, verdict)
+    assert (row.same, row.within, row.missed) == counts
+
+
+def test_groups_are_judged_apart(tables) -> None:
+    def both(*values: float) -> pd.DataFrame:
+        return pd.concat([accuracy(0.9, 0.92, 0.91), accuracy(*values, hybrid="Full")])
+
+    (row,) = tables({"a": both(0.5, 0.52, 0.51)}, {"a": both(0.1, 0.12, 0.11)}).itertuples()
+    assert (row.same, row.missed, row.verdict) == (3, 3, "differs")
+
+
+def test_one_seed_has_no_interval(tables) -> None:
+    found = tables({"a": accuracy(0.7)}, {"a": accuracy(0.71)})
+    assert found.verdict.tolist() == ["differs"] and not holds(found)
+
+
+def test_claims_are_judged_by_their_own_interval(tables) -> None:
+    def claim(estimate: float) -> pd.DataFrame:
+        return pd.DataFrame({"claim": ["a"], "estimate": estimate, "ci_low": [0.01], "ci_high": [0.05], "n": [3]})
+
+    found = tables({"claims": claim(0.03)}, {"claims": claim(0.045)}).set_index("column").verdict
+    assert found.to_dict() == {"estimate": "within the interval", "n": "same"}
+
+
+def test_a_number_without_repetitions_is_said_but_does_not_fail(tables) -> None:
+    found = tables(
+        {"c": pd.DataFrame({"layer": ["a"], "std": [0.3]})}, {"c": pd.DataFrame({"layer": ["a"], "std": 0.4})}
+    )
+    assert found.verdict.tolist() == ["differs, no interval"] and holds(found)
+
+
+def test_what_is_gone_is_missing(tables) -> None:
+    old = {"gone": accuracy(0.5, 0.6), "fewer": accuracy(0.5, 0.6), "column": accuracy(0.5, 0.6)}
+    new = {"fewer": accuracy(0.5), "column": accuracy(0.5, 0.6).drop(columns="accuracy")}
+    found = tables(old, new)
+    assert found.verdict.tolist() == ["missing"] * 3 and not holds(found)
+
+
+def test_elsewhere_changes_both_folders_and_puts_them_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GCNET_RUNS", "mine")
+    monkeypatch.delenv("GCNET_RESULTS", raising=False)
+    with elsewhere(tmp_path):
+        assert paths.runs() == tmp_path / "runs" and paths.results("a") == tmp_path / "results" / "a"
+    assert os.environ["GCNET_RUNS"] == "mine" and "GCNET_RESULTS" not in os.environ
