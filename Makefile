@@ -3,6 +3,7 @@
 ## STUDY=digits       the study: a file in params/
 ## PYTHON=/path       an existing environment; none is built then
 ## JOBS=2             worker processes of the sweep (default: one a core)
+## SCALE=quarter      of make paper: the studies sized for two CPU cores
 ## EXECUTOR=dask      where the sweep runs: local, dask (ADDRESS=tcp://host:8786), slurm (OPTIONS="timeout_min=240 ...")
 STUDY ?= digits
 JOBS ?=
@@ -16,7 +17,7 @@ PAIR := torch==2.14.1 torchvision==0.29.2
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help env existing reproduce sweep verify pack unpack status test test-slow lint bench lab clean clean-cache lock
+.PHONY: help env existing reproduce sweep paper grid verify pack unpack status test test-slow lint bench lab clean clean-cache lock
 
 RUNS := $(if $(GCNET_RUNS),$(GCNET_RUNS),runs)
 DONE := $(RUNS)/done/$(STUDY)
@@ -100,16 +101,28 @@ before := sweep
 $(foreach name,$(filter-out 00_%,$(NOTEBOOKS)),\
 	$(eval $(DONE)/$(name).json: $(DONE)/$(before).json)$(eval before := $(name)))
 
+PAPER := cifar10_vgg16_bn cifar10_resnet18 fashion_mnist_vgg16_bn fashion_mnist_resnet18 tiny_imagenet_vgg16_bn \
+	tiny_imagenet_resnet18
+ifeq ($(SCALE),quarter)
+PAPER := $(PAPER:%=%_quarter)
+endif
+
+# One study after the other; one that fails does not stop the rest, and is named at the end.
+paper: | $(ENV)  ## run every study of the paper's grid (SCALE=quarter: those for two CPU cores) and build its tables
+	@failed=; for study in $(PAPER); do $(MAKE) --no-print-directory reproduce STUDY=$$study || failed="$$failed $$study"; \
+	done; $(MAKE) --no-print-directory grid SCALE=$(SCALE) && \
+	if [ -n "$$failed" ]; then echo "failed:$$failed" >&2; exit 1; fi
+
+grid: | $(ENV)  ## build the tables across studies from the results that there are
+	@$(PY) -m gcnet grid paper$(if $(filter quarter,$(SCALE)),_quarter) $(PAPER)
+
 verify: | $(ENV)  ## compute the study again in a folder of its own and compare its tables with the committed ones
 	@$(PY) -m gcnet verify --study $(STUDY) $(if $(JOBS),--jobs $(JOBS))
 
 pack: | $(ENV)  ## write what the study computed to results/STUDY/store.zip, without the large files
 	@$(PY) -m gcnet pack --study $(STUDY)
 
-unverify: | $(ENV)  ## compute the study again in a folder of its own and compare its tables with the committed ones
-	@$(PY) -m gcnet verify --study $(STUDY) $(if $(JOBS),--jobs $(JOBS))
-
-pack: | $(ENV)  ## start from the packed results of the study instead of computing them
+unpack: | $(ENV)  ## start from the packed results of the study instead of computing them
 	@$(PY) -m gcnet unpack --study $(STUDY)
 
 status:  ## which stages of the study are done or stale, and why

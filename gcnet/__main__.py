@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from gcnet import archive, paths, run, verify
+from gcnet import archive, grid, paths, run, verify
 from gcnet.connectivity import SIMILARITIES
 from gcnet.data import DATASETS
 from gcnet.errors import unknown
@@ -93,6 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--jobs", type=int, default=cores(), help="worker processes (default: one a core)")
     sub.add_argument("--keep", type=Path, help="compute in this folder and keep it (default: a temporary one)")
     with_study(sub)
+    sub = command("grid", _grid, "build the tables across studies from their results")
+    sub.add_argument("name", help="the tables go to results/NAME/tables/")
+    sub.add_argument("studies", nargs="+", metavar="STUDY")
     sub = command("pack", _pack, "write what a study computed, without the large files, to results/<study>/store.zip")
     with_study(sub)
     sub = command("unpack", _unpack, "put the results in results/<study>/store.zip into the store")
@@ -210,6 +213,17 @@ def _verify(options: argparse.Namespace) -> int:
     counts = ", ".join(f"{count} {word}" for word, count in found.verdict.value_counts().items())
     print(f"study {study.study}: {'holds' if held else 'does not hold'} ({counts})")
     return 0 if held else 1
+
+
+def _grid(options: argparse.Namespace) -> int:
+    for study in options.studies:
+        if study not in run.studies():
+            raise unknown("study", study, run.studies())
+    folder, tables, missing = grid.write_grid(options.studies, options.name)
+    print(f"{run.short(folder)}: {len(tables)} tables")
+    for study in missing:
+        print(f"no results yet: {study} (make reproduce STUDY={study})")
+    return 0
 
 
 def _pack(options: argparse.Namespace) -> int:

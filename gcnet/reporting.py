@@ -125,7 +125,7 @@ def mean_and_spread(
     for key, part in seeds.groupby(list(rows), sort=False, observed=True):
         part = part.droplevel(list(range(len(rows)))).reindex(order)
         text = {c: _mean_pm(part.loc[c].dropna().to_numpy()) for c in order}
-        ranked = part.mean(1).sort_values(ascending=False).index
+        ranked = part.mean(axis=1).sort_values(ascending=False).index
         if bold and len(ranked) > 1 and part.shape[1] > 1:
             gap = (part.loc[ranked[0]] - part.loc[ranked[1]]).dropna().to_numpy()
             if len(gap) > 1 and bootstrap(gap).low > 0:

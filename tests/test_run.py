@@ -23,6 +23,7 @@ from gcnet.study import Study
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDY = """study: tiny
+notebooks: ["01", "05"]
 dataset: digits
 width: 0.125
 seeds: [0]
