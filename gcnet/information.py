@@ -243,17 +243,17 @@ def _residual(x: Tensor, y: Tensor, hashing: _Hash, linear: str, ridge: float, c
     to_u, to_v = _directions(uu, uv, vv)
     step = max(1, chunk // (n * x.shape[1]))
     alone = x.shape[2] == y.shape[2] == 1
-    vT, eT = v.permute(1, 0, 2).float(), e.permute(1, 0, 2).float()  # (g, N, m), (c, N, n)
+    of_v, of_e = v.permute(1, 0, 2).float(), e.permute(1, 0, 2).float()  # (g, N, m), (c, N, n)
     for start in range(0, y.shape[1], step):
         rows = slice(start, start + step)
         if alone:
-            along_v, along_e = vT[None, :, :, 0], eT[rows, None, :, 0]
+            along_v, along_e = of_v[None, :, :, 0], of_e[rows, None, :, 0]
         else:
-            along_v = torch.einsum("gNm,cgm->cgN", vT, to_v[rows].float())
-            along_e = torch.einsum("cNn,cgn->cgN", eT[rows], to_u[rows].float())
+            along_v = torch.einsum("gNm,cgm->cgN", of_v, to_v[rows].float())
+            along_e = torch.einsum("cNn,cgn->cgN", of_e[rows], to_u[rows].float())
         if linear == "hashed":
             slope = torch.einsum("cgn,cgnm->cgm", to_u[rows], b[rows]).float()
-            along_e = along_e + torch.einsum("gNm,cgm->cgN", vT, slope)
+            along_e = along_e + torch.einsum("gNm,cgm->cgN", of_v, slope)
         part = hashing.pairs(along_e, along_v, _THRESHOLD if linear == "closed" else 0.0)
         found[rows] += part.clamp_min(0) if linear == "closed" else part
     dead = (_alive(y) == 0)[:, None] | (_alive(x) == 0)[None, :]
@@ -297,8 +297,7 @@ def _directions(uu: Tensor, uv: Tensor, vv: Tensor) -> tuple[Tensor, Tensor]:
 
 def _leading(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Leading left and right singular vectors of (..., n, m) matrices."""
-    values, vectors = torch.linalg.eigh(matrix.mT @ matrix)
-    right = vectors[..., -1]
+    right = torch.linalg.eigh(matrix.mT @ matrix).eigenvectors[..., -1]
     left = torch.einsum("...nm,...m->...n", matrix, right)
     norm = left.norm(dim=-1, keepdim=True)
     first = torch.zeros_like(left)

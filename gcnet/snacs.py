@@ -169,20 +169,20 @@ def layer_pairs(
     unit, single = {}, {}
     for layer in layers:
         unit[layer], single[layer] = _units(graph, layer)
-    counts = {layer: _pair_groups(model, graph, layer, unit[layer], single[layer], groups) for layer in layers}
+    counts = {layer: _pair_groups(graph, layer, unit[layer], groups) for layer in layers}
     taps: set[Tap] = {(layer, "conv") for layer in layers}
     for layer in layers:
         taps |= {(parent, "conv") for parent in graph.parents[layer]} if single[layer] else {(layer, "input")}
     kept: dict[Tap, list[Tensor]] = {tap: [] for tap in taps}
     patches: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     calls: dict[str, Tensor] = {}
+
+    def keep(layer: str, module: nn.Module, x: Tensor) -> None:
+        if layer not in calls:  # of a layer called more than once the first call counts, as for its activations
+            calls[layer] = _patch_means(module, x)
+
     hooks = [
-        model.get_submodule(layer).register_forward_pre_hook(
-            # Of a layer called more than once the first call counts, as for its activations.
-            lambda module, args, layer=layer: (
-                calls.setdefault(layer, _patch_means(module, args[0])) and None if layer not in calls else None
-            )
-        )
+        model.get_submodule(layer).register_forward_pre_hook(lambda m, args, layer=layer: keep(layer, m, args[0]))
         for layer in layers
     ]
     labels = []
@@ -207,33 +207,30 @@ def layer_pairs(
         units = int(unit[layer].max()) + 1
         total = columns.new_zeros(len(y), units).index_add_(1, unit[layer].to(device), columns)
         parent = total / torch.bincount(unit[layer], minlength=units).to(total)
+        bias = None if module.bias is None else module.bias.detach()
         pairs.append(
             LayerPair(
-                layer,
-                graph.parents[layer],
-                values[layer, "conv"],
-                parent,
-                unit[layer].to(device),
-                counts[layer],
-                torch.cat(patches[layer]),
-                module.weight.detach(),
-                None if module.bias is None else module.bias.detach(),
-            )  # fmt: skip
+                layer=layer,
+                parents=graph.parents[layer],
+                child=values[layer, "conv"],
+                parent=parent,
+                unit=unit[layer].to(device),
+                groups=counts[layer],
+                patches=torch.cat(patches[layer]),
+                weight=module.weight.detach(),
+                bias=bias,
+            )
         )
     return pairs, y
 
 
-def _pair_groups(
-    model: nn.Module, graph: LayerGraph, layer: str, unit: Tensor, single: bool, groups: Grouping
-) -> tuple[int, int]:
+def _pair_groups(graph: LayerGraph, layer: str, unit: Tensor, groups: Grouping) -> tuple[int, int]:
+    """Groups of a layer's filters and of what feeds it; a parent that feeds it whole is grouped as it is itself."""
     units = int(unit.max()) + 1
     parents = graph.parents[layer]
     whole = len(parents) == 1 and units == graph.out_channels[parents[0]]
     name = parents[0] if whole else f"what feeds {layer}"
-    if isinstance(groups, Mapping) and not whole:
-        groups_of_parent = None
-    else:
-        groups_of_parent = groups
+    groups_of_parent = None if isinstance(groups, Mapping) and not whole else groups
     return group_count(graph.out_channels[layer], groups, layer), group_count(units, groups_of_parent, name)
 
 
