@@ -367,14 +367,23 @@ def _triples(i: Tensor, j: Tensor, z: Tensor, upper: float) -> Tensor:
 # --- MINT's estimator -----------------------------------------------------------------------------------------------
 
 
-def mint_gmi(parent: Tensor, child: Tensor, groups: Groups, phi: Tensor | None = None, *, seed: int = 0) -> Tensor:
+def mint_gmi(
+    parent: Tensor,
+    child: Tensor,
+    groups: Groups,
+    phi: Tensor | None = None,
+    *,
+    seed: int = 0,
+    only: int | None = None,
+) -> Tensor:
     """MINT's geometric conditional mutual information of every pair of blocks, by minimum spanning trees.
 
     Arguments and shape of the result as in `acmi`; values in about [0, 1]. The images are cut in thirds, at random
     from the seed: those of the first take their parent block from the nearest neighbour, in the other parents, among
     the second; the third keeps its own. With R edges of the spanning tree over both that join one to the other,
     I = 1 - R / (N / 3). Distances are computed for all blocks at once, those given the other parents as the distances
-    in all parents less those in the block; the trees are scipy's, one a pair. Source: MINT, arXiv 2003.08472.
+    in all parents less those in the block; the trees are scipy's, one a pair. only: the first so many parent blocks
+    alone (the others still condition). Source: MINT, arXiv 2003.08472.
     """
     x, y, (child_groups, parent_groups) = _checked(parent, child, groups)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).numpy()
@@ -386,8 +395,9 @@ def mint_gmi(parent: Tensor, child: Tensor, groups: Groups, phi: Tensor | None =
     all_near = _squared(x[first].reshape(third, -1), x[second].reshape(third, -1))
     all_both = _squared(x[both].reshape(2 * third, -1), x[both].reshape(2 * third, -1))
     child_both = [_squared(y[both, c], y[both, c]) for c in range(child_groups)]
-    found = np.empty((child_groups, parent_groups))
-    for g in range(parent_groups):
+    wanted = parent_groups if only is None else only
+    found = np.empty((child_groups, wanted))
+    for g in range(wanted):
         # Without other parents there is nothing to be near in.
         given = parent_groups > 1
         nearest = (all_near - _squared(x[first, g], x[second, g])).argmin(1) if given else np.arange(third)

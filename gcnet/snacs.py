@@ -39,6 +39,10 @@ PHI: dict[str, Callable[[Tensor], Tensor]] = {
     "none": torch.ones_like,
 }
 WEIGHTS = ("absolute", "signed_global")
+# What a study compares at the sparsity that SNACS reaches; the other systems' are in snacs_cells.
+METHODS = ("snacs", "mint", "l1_block", "l1_filter", "gcnet")
+# No peer takes more than this share of a layer: the end of the grid on which SNACS looks for its limits (choice).
+MOST_OF_A_LAYER = GRID[-1]
 RULES = ("first", "last")
 
 
@@ -457,6 +461,27 @@ def block_masks(graph: LayerGraph, model: nn.Module, pairs: Sequence[LayerPair],
     for layer in graph.layers:
         weight = model.get_submodule(layer).weight
         masks[weight_name(layer)] = of_layer.get(layer, torch.ones_like(weight, dtype=torch.bool)).clone()
+    return masks
+
+
+def ranked_blocks(scores: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """Kept blocks when the lowest-scored share goes over all layers, at most 96 % of each: how peers are pruned."""
+    return kept_blocks(scores, share, dict.fromkeys(scores, MOST_OF_A_LAYER))
+
+
+def filter_masks(model: nn.Module, graph: LayerGraph, share: float) -> Masks:
+    """L1 filter pruning: of each layer the share of filters with the smallest mean |w| (arXiv 1608.08710).
+
+    Grouped convolutions and the layers that nothing reads (the classifier) keep theirs; a layer keeps one at least.
+    """
+    read = set(chain.from_iterable(graph.parents.values()))
+    masks = Masks()
+    for layer in graph.layers:
+        module = model.get_submodule(layer)
+        norm = module.weight.detach().abs().flatten(1).mean(1)
+        count = round(share * len(norm)) if layer in read and getattr(module, "groups", 1) == 1 else 0
+        kept = ~lowest(norm, min(count, len(norm) - 1))
+        masks[weight_name(layer)] = kept.view(-1, *[1] * (module.weight.ndim - 1)).expand(module.weight.shape).clone()
     return masks
 
 
