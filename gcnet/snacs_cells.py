@@ -19,7 +19,7 @@ from gcnet.cost import macs, parameters
 from gcnet.evaluation import score
 from gcnet.graph import LayerGraph
 from gcnet.hybrid import hybrid_masks
-from gcnet.information import acmi, mint_gmi
+from gcnet.information import acmi, check_groups, mint_gmi
 from gcnet.pruning import Masks, apply_masks, sparsity, summary
 from gcnet.removal import dead_filters, remove_filters, silenced
 from gcnet.shifts import NATURAL_SHIFTS
@@ -466,21 +466,24 @@ def time_estimators(
     filters: int, samples: int, groups: int, scales: Iterable[float] = (2.0, 3.0, 4.0), pairs: int = TIMED_PAIRS
 ) -> list[dict[str, Any]]:
     """Rows (groups, samples, filters, estimator, seconds, ratio, pairs_timed) of the three ways; ratio is to ours."""
+    check_groups(filters, groups, "the layers that are timed")
+    if groups < 2:
+        raise ValueError("timing needs at least 2 groups")
     generator = torch.Generator().manual_seed(groups)
     x, y = (torch.randn(samples, filters, generator=generator) for _ in range(2))
     width = filters // groups
     scales = tuple(scales)
     acmi(x[:, : 2 * width], y[:, :width], (1, 2), scales=scales)  # what a first call costs is no part of it
     ours = _seconds(lambda: acmi(x, y, groups, scales=scales))
-    # With `pairs` children, one block against the whole parent: the setup is shared by all, the trees are one a pair.
+    # One block against the whole parent, with one child and with some more: what children share, and a tree's time.
+    more = min(pairs, groups - 1)
     few = _seconds(lambda: mint_pairs(x, y, groups, 1))
-    many = _seconds(lambda: mint_pairs(x, y, groups, 1 + pairs))
-    tree = max(1e-9, (many - few) / pairs)
+    tree = max(1e-9, (_seconds(lambda: mint_pairs(x, y, groups, 1 + more)) - few) / more)
     vectorised = tree * groups**2 + max(0.0, few - tree) * groups
     alone = _seconds(lambda: [mint_alone(x, y, groups, c) for c in range(2)]) / 2 * groups**2
     rows = [
         ("hash (ours)", ours, groups**2),
-        ("spanning tree, vectorised", vectorised, 2 + pairs),
+        ("spanning tree, vectorised", vectorised, 2 + more),
         ("spanning tree, pair by pair", alone, 2),
     ]
     return [

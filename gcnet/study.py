@@ -78,7 +78,7 @@ class Study(BaseModel):
 
     # SNACS
     snacs_groups: int = Field(0, ge=0, description="groups a layer; 0 = the largest divisor of its filters up to 64")
-    snacs_images: int = Field(200, ge=1, description="training images a class that scores and limits are measured on")
+    snacs_images: int = Field(60, ge=1, description="training images a class that scores and limits are measured on")
     snacs_phi: Literal["mean", "square", "exp", "none"] = Field("mean", description="how weights scale the score")
     snacs_weights: Literal["absolute", "signed_global"] = "absolute"
     snacs_conditioning: Literal["residual", "projection"] = "residual"
@@ -87,7 +87,7 @@ class Study(BaseModel):
     snacs_tolerance: float = Field(0.7, ge=0, le=1, description="share of the accuracy range that a limit may cost")
     snacs_rule: Literal["first", "last"] = "first"
     snacs_protected: float = Field(0.05, ge=0, le=1, description="share of a layer's groups that is protected")
-    snacs_deltas: tuple[float, ...] = Field((0.5, 0.9), description="shares of the connections that are asked to go")
+    snacs_deltas: tuple[float, ...] = Field((0.8,), description="shares of the connections that are asked to go")
     snacs_methods: tuple[str, ...] = Field(
         ("snacs", "mint", "l1_block", "l1_filter", "gcnet"), description="compared at SNACS's sparsity"
     )
