@@ -252,8 +252,8 @@ def _residual(x: Tensor, y: Tensor, hashing: _Hash, linear: str, ridge: float, c
             along_v = torch.einsum("gNm,cgm->cgN", of_v, to_v[rows].float())
             along_e = torch.einsum("cNn,cgn->cgN", of_e[rows], to_u[rows].float())
         if linear == "hashed":
-            slope = torch.einsum("cgn,cgnm->cgm", to_u[rows], b[rows]).float()
-            along_e = along_e + torch.einsum("gNm,cgm->cgN", of_v, slope)
+            slope = b[rows, :, 0] if alone else torch.einsum("cgn,cgnm->cgm", to_u[rows], b[rows])
+            along_e = along_e + torch.einsum("gNm,cgm->cgN", of_v, slope.float())
         part = hashing.pairs(along_e, along_v, _THRESHOLD if linear == "closed" else 0.0)
         found[rows] += part.clamp_min(0) if linear == "closed" else part
     dead = (_alive(y) == 0)[:, None] | (_alive(x) == 0)[None, :]

@@ -125,13 +125,25 @@ def dead_filters(masks: Mapping[str, Tensor], graph: LayerGraph) -> dict[str, Te
     return {layer: ~masks[weight_name(layer)].flatten(1).any(1).cpu() for layer in graph.layers}
 
 
+def _silent(model: nn.Module, graph: LayerGraph, layer: str) -> Tensor:
+    """(C_out,) bool: filters whose output is 0 when they have no weights: BatchNorm's (or the layer's own) shift is 0."""
+    norms = [model.get_submodule(name) for name in _behind(graph, layer)[0]]
+    silent = torch.ones(graph.out_channels[layer], dtype=torch.bool)
+    for module in norms[-1:] or [model.get_submodule(layer)]:
+        if module.bias is not None:
+            silent &= (module.bias == 0).cpu()
+        if norms:
+            silent &= (module.weight == 0).cpu() if module.affine else torch.zeros_like(silent)
+    return silent
+
+
 def removable_filters(model: nn.Module, graph: LayerGraph, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """{layer: (C_out,) bool}: dead filters that can go, after `silenced`.
+    """{layer: (C_out,) bool}: dead filters that can go: those that send nothing on, as after `silenced`.
 
     Channels that meet in a sum, or pass a depthwise convolution, go together or stay; those around other grouped
     convolutions and those of the output stay.
     """
-    dead = dead_filters(masks, graph)
+    dead = {layer: gone & _silent(model, graph, layer) for layer, gone in dead_filters(masks, graph).items()}
     first, total = {}, 0
     for layer in graph.layers:
         first[layer] = total

@@ -101,8 +101,9 @@ class LayerPair:
 def group_count(filters: int, groups: Grouping, layer: str) -> int:
     """Into how many groups a layer's filters fall.
 
-    groups: a number (a layer with no more filters has one group a filter), {layer: number}, or None: the largest
-    divisor up to 64. Raises ValueError, naming layer and divisors, where a number does not divide the filters.
+    groups: a number (a layer with no more filters has one group a filter, and so has the output, whose filters are
+    classes), {layer: number}, or None: the largest divisor up to 64. Raises ValueError, naming layer and divisors,
+    where a number does not divide the filters.
     """
     wanted = groups.get(layer) if isinstance(groups, Mapping) else groups
     if not wanted:
@@ -235,7 +236,10 @@ def _pair_groups(graph: LayerGraph, layer: str, unit: Tensor, groups: Grouping) 
     whole = len(parents) == 1 and units == graph.out_channels[parents[0]]
     name = parents[0] if whole else f"what feeds {layer}"
     groups_of_parent = None if isinstance(groups, Mapping) and not whole else groups
-    return group_count(graph.out_channels[layer], groups, layer), group_count(units, groups_of_parent, name)
+    # The filters of the output are classes: each is a group of its own unless the layer is named.
+    read = any(layer in parents for parents in graph.parents.values())
+    of_child = groups if read or isinstance(groups, Mapping) else None
+    return group_count(graph.out_channels[layer], of_child, layer), group_count(units, groups_of_parent, name)
 
 
 def _fed(graph: LayerGraph, layer: str, values: Mapping[Tap, Tensor]) -> Tensor:
