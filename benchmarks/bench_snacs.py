@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ def whole_network(samples: int, channels: tuple[int, ...] = CHANNELS) -> tuple[f
     """(seconds, peak MiB) for 64 x 64 groups of every consecutive pair of VGG16-BN's convolutions at full width."""
     generator = torch.Generator().manual_seed(0)
     spent = 0.0
-    for inputs, outputs in zip(channels, channels[1:], strict=False):
+    for inputs, outputs in pairwise(channels):
         x, y = (torch.randn(samples, count, generator=generator) for count in (inputs, outputs))
         started = time.perf_counter()
         acmi(x, y, 64)

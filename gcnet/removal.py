@@ -126,7 +126,7 @@ def dead_filters(masks: Mapping[str, Tensor], graph: LayerGraph) -> dict[str, Te
 
 
 def _silent(model: nn.Module, graph: LayerGraph, layer: str) -> Tensor:
-    """(C_out,) bool: filters whose output is 0 when they have no weights: BatchNorm's (or the layer's own) shift is 0."""
+    """(C_out,) bool: filters whose output is 0 without weights: the shift of BatchNorm (or the layer) is 0."""
     norms = [model.get_submodule(name) for name in _behind(graph, layer)[0]]
     silent = torch.ones(graph.out_channels[layer], dtype=torch.bool)
     for module in norms[-1:] or [model.get_submodule(layer)]:
