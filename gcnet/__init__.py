@@ -9,13 +9,17 @@ from gcnet.ghost import build_ghost
 from gcnet.graph import layer_graph
 from gcnet.hybrid import GhostPruning, ghost_prune
 from gcnet.pruning import Masks, apply_masks, prune, sparsity
+from gcnet.removal import remove_filters, silenced
 from gcnet.shifts import corrupt
+from gcnet.snacs import SnacsPruning, acmi, mint_gmi, operating_limits, sensitivity, snacs_prune
 from gcnet.study import Study
 
 __all__ = [
     "GhostPruning",
     "Masks",
+    "SnacsPruning",
     "Study",
+    "acmi",
     "apply_masks",
     "build_ghost",
     "connectivity",
@@ -24,6 +28,12 @@ __all__ = [
     "ghost_prune",
     "layer_graph",
     "macs",
+    "mint_gmi",
+    "operating_limits",
     "prune",
+    "remove_filters",
+    "sensitivity",
+    "silenced",
+    "snacs_prune",
     "sparsity",
 ]

@@ -81,6 +81,29 @@ class Study(BaseModel):
     severity_table: Literal["cifar-c", "imagenet-c"] = "cifar-c"
     shift_images: int = Field(200, ge=0, description="test images that are corrupted, class-balanced; 0 = all")
 
+    # SNACS
+    snacs_groups: int = Field(0, ge=0, description="groups a layer; 0 = the largest divisor of its filters up to 64")
+    snacs_images: int = Field(60, ge=1, description="training images a class that scores and limits are measured on")
+    snacs_phi: Literal["mean", "square", "exp", "none"] = Field("mean", description="how weights scale the score")
+    snacs_weights: Literal["absolute", "signed_global"] = "absolute"
+    snacs_conditioning: Literal["residual", "projection"] = "residual"
+    snacs_linear: Literal["closed", "hashed"] = "closed"
+    snacs_scales: tuple[float, ...] = Field((2.0, 3.0, 4.0), min_length=1, description="hash widths of the ensemble")
+    snacs_tolerance: float = Field(0.7, ge=0, le=1, description="share of the accuracy range that a limit may cost")
+    snacs_rule: Literal["first", "last"] = "first"
+    snacs_protected: float = Field(0.05, ge=0, le=1, description="share of a layer's groups that is protected")
+    snacs_deltas: tuple[float, ...] = Field((0.8,), description="shares of the connections that are asked to go")
+    snacs_methods: tuple[str, ...] = Field(
+        ("snacs", "mint", "l1_block", "l1_filter", "gcnet"), description="compared at SNACS's sparsity"
+    )
+    snacs_mint_groups: int = Field(4, ge=1, description="groups a layer for MINT, whose cost is a tree a pair")
+    snacs_mint_images: int = Field(30, ge=1, description="training images a class for MINT")
+    snacs_truth_samples: tuple[int, ...] = Field((250, 1000, 4000), description="sample sizes of the Gaussian check")
+    snacs_truth_repeats: int = Field(10, ge=2)
+    snacs_speed_groups: tuple[int, ...] = Field((16, 32), description="group counts that are timed")
+    snacs_speed_filters: int = Field(512, ge=1)
+    snacs_speed_samples: int = Field(2000, ge=50)
+
     # machine
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -117,6 +140,14 @@ class Study(BaseModel):
                 raise ValueError(f"sparsity {value} is outside [0, 1)")
         return values
 
+    @field_validator("snacs_deltas")
+    @classmethod
+    def _deltas_in_range(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        for value in values:
+            if not 0 <= value <= 1:
+                raise ValueError(f"delta {value} is outside [0, 1]")
+        return values
+
     @field_validator("severities")
     @classmethod
     def _severities_in_range(cls, values: tuple[int, ...]) -> tuple[int, ...]:
@@ -134,6 +165,7 @@ class Study(BaseModel):
         from gcnet.networks import NETWORKS
         from gcnet.pruning import PRUNERS
         from gcnet.shifts import CORRUPTIONS, NATURAL_SHIFTS
+        from gcnet.snacs import METHODS as SNACS_METHODS
 
         def check(kind: str, names: Any, known: Any) -> None:
             for name in names:
@@ -149,6 +181,7 @@ class Study(BaseModel):
         for name in chain.from_iterable(self.guidance.values()):
             if not mixing_exponent(name) and (name == "direct" or side_and_share(name)[1] == 0):
                 raise ValueError(f"unknown hybrid '{name}' of guidance: it guides no layer (direct always runs)")
+        check("SNACS method", self.snacs_methods, SNACS_METHODS)
         check("shift", self.shifts, [*CORRUPTIONS, "all"])
         check("natural shift", self.natural_shifts, NATURAL_SHIFTS)
         return self

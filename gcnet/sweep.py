@@ -9,7 +9,7 @@ from concurrent.futures import Executor, Future, as_completed
 from pathlib import Path
 from typing import Any
 
-from gcnet import ablations
+from gcnet import ablations, snacs_cells
 from gcnet.cells import (
     Cell,
     cell_result,
@@ -85,7 +85,10 @@ def stages(study: Study) -> Iterator[tuple[str, list[Task]]]:
 
 
 # What the other systems compute: number of the notebook that shows it -> its stages.
-SYSTEMS: dict[str, Callable[[Study], Iterable[tuple[str, list[Task]]]]] = {"11": ablations.stages}
+SYSTEMS: dict[str, Callable[[Study], Iterable[tuple[str, list[Task]]]]] = {
+    "06": snacs_cells.stages,
+    "11": ablations.stages,
+}
 
 
 def _submitted(executor: Executor, task: Task) -> Future[str]:

@@ -1,0 +1,185 @@
+"""The study's side of SNACS: everything computed once, peers at SNACS's sparsity, tables and claims from the store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from gcnet import snacs_cells as stages
+from gcnet.cells import dense, graph, splits
+from gcnet.pruning import Masks, sparsity
+from gcnet.snacs_cells import (
+    SnacsCell,
+    analysis,
+    cell_folder,
+    cell_result,
+    gaussian_layer,
+    images,
+    matched,
+    shift_rows,
+    snacs_cells,
+    time_estimators,
+    weight_masks,
+)
+from gcnet.snacs_figures import (
+    accuracy_table,
+    claims_table,
+    layer_table,
+    published_table,
+    reached,
+    shift_table,
+    speed_table,
+    structure_table,
+    truth_table,
+)
+from gcnet.store import Store
+from gcnet.study import Study
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(images are fewer|parent filters)")
+
+STUDY = Study.create(
+    study="small", dataset="digits", channels=1, network="resnet20", width=0.25, seeds=[0], epochs=1, batch_size=40,
+    train_images=200, crop_padding=0, flip=False, finetune_epochs=1, shifts=["contrast"], severities=[5],
+    shift_images=50, device="cpu", precision="float32", snacs_deltas=[0.6], snacs_images=10, snacs_mint_groups=2,
+    snacs_mint_images=5, snacs_truth_samples=[100], snacs_truth_repeats=2, snacs_speed_groups=[4],
+    snacs_speed_filters=16, snacs_speed_samples=60,
+)  # fmt: skip
+PRUNED = [cell for cell in snacs_cells(STUDY) if cell.method != "none"]
+
+
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("computed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GCNET_RUNS", str(root))
+        for _, tasks in stages.stages(STUDY):
+            for run, *arguments in tasks:
+                assert isinstance(run(*arguments), str)
+    return root
+
+
+@pytest.fixture
+def store(computed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("GCNET_RUNS", str(computed))
+
+    def fail(*_: object) -> None:
+        raise AssertionError("this was computed before")
+
+    once = Store.once
+    monkeypatch.setattr(Store, "once", lambda self, kind, inputs, _: once(self, kind, inputs, fail))
+    yield computed
+
+
+def test_cells_are_each_method_at_each_delta() -> None:
+    study = Study.create(seeds=[1, 2], snacs_deltas=[0.5, 0.9], snacs_methods=["snacs", "l1_block"])
+    found = snacs_cells(study)
+    assert len(found) == len(set(found)) == 2 * (1 + 2 * 2)
+    assert SnacsCell("l1_block", 0.9, 2) in found and SnacsCell("none", 0.0, 1) in found
+    for change, message in (({"snacs_deltas": [1.5]}, "delta 1.5"), ({"snacs_methods": ["l1_blok"]}, "'l1_block'")):
+        with pytest.raises(ValueError, match=message):
+            Study.create(**change)
+
+
+@pytest.mark.usefixtures("store")
+def test_images_are_balanced_and_fixed() -> None:
+    found = images(STUDY, 7)
+    assert found.labels.bincount().tolist() == [7] * 10
+    assert torch.equal(found.images, images(STUDY, 7).images)
+    assert len(images(STUDY, 10**6)) == len(splits(STUDY).train)
+
+
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize("cell", PRUNED, ids=lambda cell: cell.method)
+def test_a_cell_is_pruned_to_snacs_sparsity_and_stays_so(cell: SnacsCell) -> None:
+    result, own = cell_result(STUDY, cell), cell_result(STUDY, PRUNED[0])
+    masks = Masks.load(cell_folder(STUDY, cell) / "masks.safetensors")
+    assert result["sparsity"] == pytest.approx(sparsity(weight_masks(masks)))
+    # Whole filters and blocks of a small network are coarse.
+    assert result["sparsity"] == pytest.approx(own["sparsity"], abs={"gcnet": 1e-3}.get(cell.method, 0.08))
+    net = stages.cells._loaded(STUDY, 0, cell_folder(STUDY, cell))
+    for name, mask in masks.items():
+        assert bool((net[1].get_parameter(name)[~mask] == 0).all()), name
+    assert result["macs"] < cell_result(STUDY, SnacsCell("none", 0.0, 0))["macs"]
+    if "difference" in result["structure"]:
+        assert result["structure"]["difference"] < 1e-5
+        assert result["structure"]["parameters"] <= result["structure"]["parameters_dense"]
+
+
+@pytest.mark.usefixtures("store")
+def test_shifts_are_of_the_fine_tuned_network() -> None:
+    rows = shift_rows(STUDY, PRUNED[0])
+    assert [(row["shift"], row["severity"]) for row in rows] == [("clean", 0), ("contrast", 5)]
+    assert rows[0]["accuracy"] == cell_result(STUDY, PRUNED[0])["accuracy"]
+
+
+@pytest.mark.usefixtures("store")
+def test_tables() -> None:
+    layers, accuracy, structure = layer_table(STUDY), accuracy_table(STUDY), structure_table(STUDY)
+    assert list(layers.columns[:5]) == ["layer", "groups", "gamma", "protected", "pruned"]
+    assert list(accuracy.columns[:6]) == ["method", "delta", "sparsity", "seed", "accuracy_before", "accuracy"]
+    assert list(speed_table(STUDY).columns[:4]) == ["groups", "estimator", "seconds", "ratio"]
+    net = dense(STUDY, 0)
+    assert set(layers.layer) == set(analysis(STUDY, 0).scores) <= set(graph(STUDY, net[1]).layers)
+    assert set(accuracy.method) == {"none", *STUDY.snacs_methods} and set(structure.method) == {
+        "snacs", "mint", "l1_block", "l1_filter"
+    }  # fmt: skip
+    assert set(truth_table(STUDY).estimator) == {"residual", "residual, all hashed", "projection"}
+    published = published_table(STUDY, accuracy)
+    assert {"released plot data", "this study, 1 seeds"} <= set(published.source)
+
+
+@pytest.mark.usefixtures("store")
+def test_claims_follow_from_the_tables() -> None:
+    accuracy, shifts, speed = accuracy_table(STUDY), shift_table(STUDY), speed_table(STUDY)
+    claims = claims_table(STUDY, accuracy, shifts, speed)
+    assert list(claims.columns) == [
+        "claim", "source", "statement", "measure", "estimate", "ci_low", "ci_high", "n", "verdict"
+    ]  # fmt: skip
+    by = claims.set_index("measure")
+    assert by.loc["share of layers whose limit follows from the rule alone", "verdict"] == "supported"
+    difference = cell_result(STUDY, PRUNED[0])["accuracy"] - cell_result(STUDY, SnacsCell("gcnet", 0.6, 0))["accuracy"]
+    assert by.loc["clean accuracy, difference: snacs - gcnet", "estimate"] == pytest.approx(difference)
+    fast = claims[claims.claim == "snacs-1"]
+    assert len(fast) == 2 and set(fast.estimate) == set(speed[speed.estimator != "hash (ours)"].ratio)
+    slow = claims_table(STUDY, accuracy, shifts, speed.assign(ratio=16.9))
+    assert set(slow[slow.claim == "snacs-1"].verdict) == {"contradicted"}
+
+
+def test_sparsity_reached_at_less_than_one_point() -> None:
+    frame = pd.DataFrame(
+        [("none", 0, 0.0, 0.9), ("snacs", 0, 0.5, 0.895), ("snacs", 0, 0.8, 0.89), ("snacs", 0, 0.7, 0.8901),
+         ("none", 1, 0.0, 0.9), ("snacs", 1, 0.5, 0.7)],
+        columns=["method", "seed", "sparsity", "val_accuracy"],
+    ).assign(accuracy=0.0)  # fmt: skip
+    assert reached(frame, "snacs").to_dict() == {0: 0.7, 1: 0.0}
+
+
+def test_peers_are_matched_by_bisection() -> None:
+    def make(share: float) -> Masks:
+        return Masks({"a.weight": torch.arange(1000).view(10, 100) >= round(1000 * share**2)})
+
+    assert sparsity(matched(make, 0.37)) == pytest.approx(0.37, abs=0.001)
+
+
+def test_timing_counts_pairs() -> None:
+    rows = time_estimators(16, 60, 4)
+    assert [row["estimator"] for row in rows] == [
+        "hash (ours)", "spanning tree, vectorised", "spanning tree, pair by pair"
+    ]  # fmt: skip
+    assert rows[0]["ratio"] == 1 and all(row["seconds"] > 0 for row in rows)
+    with pytest.raises(ValueError, match="5 groups do not divide the 16 filters"):
+        time_estimators(16, 60, 5)
+
+
+def test_truth_of_the_check_is_the_partial_correlation() -> None:
+    x, y, truth = gaussian_layer(200000, 4, seed=3)
+    assert not torch.equal(gaussian_layer(10, 4, 3, draw=1)[0], gaussian_layer(10, 4, 3)[0])
+    assert torch.equal(gaussian_layer(10, 4, 3, draw=1)[2], truth)
+    both = torch.cat([y[:, :1], x], 1)
+    inverse = torch.linalg.inv(torch.cov(both.T))
+    r = -inverse[0, 1:] / (inverse[0, 0] * inverse.diagonal()[1:]).sqrt()
+    assert torch.allclose(-torch.log1p(-r.square()) / 2, truth[0], atol=0.01)
