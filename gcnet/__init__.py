@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from gcnet.cka import CKASparsityRegularizer, linear_cka, minibatch_cka
 from gcnet.connectivity import connectivity
 from gcnet.cost import macs
 from gcnet.evaluation import evaluate
@@ -10,9 +11,11 @@ from gcnet.graph import layer_graph
 from gcnet.hybrid import GhostPruning, ghost_prune
 from gcnet.pruning import Masks, apply_masks, prune, sparsity
 from gcnet.shifts import corrupt
+from gcnet.sparse_training import magnitude_rewinding, sparse_train
 from gcnet.study import Study
 
 __all__ = [
+    "CKASparsityRegularizer",
     "GhostPruning",
     "Masks",
     "Study",
@@ -23,7 +26,11 @@ __all__ = [
     "evaluate",
     "ghost_prune",
     "layer_graph",
+    "linear_cka",
     "macs",
+    "magnitude_rewinding",
+    "minibatch_cka",
     "prune",
+    "sparse_train",
     "sparsity",
 ]
