@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gcnet import networks
+from gcnet import cka, networks
 from gcnet.cka import (
     CKASparsityRegularizer,
     block_outputs,
@@ -405,3 +405,33 @@ def test_epsilon_sparsity_counts_small_weights_of_those_kept() -> None:
     assert epsilon_sparsity(net, [0.01], masks) == {0.01: pytest.approx(1 / 3)}
     with pytest.raises(ValueError, match="epsilons must be above 0"):
         epsilon_sparsity(net, [0.0])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "matrix"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("samples", [8, 16])
+def test_the_gram_gradient_in_every_memory_order_and_precision(layout: str, dtype: torch.dtype, samples: int) -> None:
+    x = 3 + draw(16, 5, 6, 4)
+    if layout == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    elif layout == "transposed":
+        x = x.transpose(2, 3)
+    elif layout == "matrix":
+        x = x.flatten(1)
+    x, weights = x.to(dtype), draw(samples, samples, seed=1)
+    ours, plain = x.clone().requires_grad_(), x.double().requires_grad_()
+    (cka._gram(ours, samples) * weights).sum().backward()
+    rows = plain[:samples].flatten(1)
+    size = rows.detach().square().sum(1).mean()
+    rows = rows - rows.mean(0)
+    (rows @ rows.T / size * weights).sum().backward()
+    exact = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.01}[dtype]
+    assert (ours.grad - plain.grad).abs().max() < exact * plain.grad.abs().max()
+
+
+def test_large_maps_are_added_up_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = (1 + draw(8, 3000)).float()
+    whole = cka._centred_gram(x)
+    monkeypatch.setattr(cka, "_CHUNK", 1)
+    parts = cka._centred_gram(x)
+    assert torch.allclose(whole[0], parts[0], rtol=1e-4, atol=1e-2) and torch.allclose(whole[1], parts[1])
