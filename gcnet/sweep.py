@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from gcnet import cka_cells
 from gcnet.cells import (
     Cell,
     cell_folder,
@@ -95,7 +96,8 @@ Task = tuple[Callable[..., str], Study, Any]
 
 def stages(study: Study) -> Iterator[tuple[str, list[Task]]]:
     """(name, tasks) in the order in which they are computed; the tasks of one stage do not need each other."""
-    yield "dense", [(run_dense, study, seed) for seed in study.seeds]
+    if set(study.notebooks) != {"07"}:  # which trains networks of its own
+        yield "dense", [(run_dense, study, seed) for seed in study.seeds]
     yield "corruptions", [(run_corruption, study, name) for name in study.corruptions]
     if study.runs("02"):
         yield "drift", [(run_drift, study, seed) for seed in study.seeds]
@@ -110,7 +112,7 @@ def stages(study: Study) -> Iterator[tuple[str, list[Task]]]:
 
 
 # What the other systems compute: number of the notebook that shows it -> its stages.
-SYSTEMS: dict[str, Callable[[Study], Iterable[tuple[str, list[Task]]]]] = {}
+SYSTEMS: dict[str, Callable[[Study], Iterable[tuple[str, list[Task]]]]] = {"07": cka_cells.stages}
 
 
 def _submitted(executor: Executor, task: Task) -> Future[str]:
