@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -47,7 +48,7 @@ def choice(table: pd.DataFrame) -> Figure:
     seeds = 100 * table.pivot_table(index="beta", columns="seed", values="val_accuracy")
     for seed in seeds:
         axis.plot(range(len(betas)), seeds[seed], ".-", color=WITHOUT, lw=0.8, alpha=0.6)
-    axis.plot(range(len(betas)), seeds.mean(1), "o-", color=WITH, label=f"mean of {seeds.shape[1]}")
+    axis.plot(range(len(betas)), seeds.mean(axis=1), "o-", color=WITH, label=f"mean of {seeds.shape[1]}")
     axis.set_xticks(range(len(betas)), [_beta_name(beta) for beta in betas], rotation=20)
     axis.set_ylabel("validation accuracy, %")
     row = table.iloc[0]
@@ -83,7 +84,7 @@ def heat_maps(similarity: pd.DataFrame, method: str, sparsity: float) -> Figure:
 def _stage_edges(part: pd.DataFrame, order: list[str]) -> list[float]:
     """Where one stage ends and the next begins."""
     same = {(row.layer_i, row.layer_j) for row in part[part.same_stage].itertuples()}
-    return [k + 0.5 for k, pair in enumerate(zip(order, order[1:], strict=False)) if pair not in same]
+    return [k + 0.5 for k, pair in enumerate(pairwise(order)) if pair not in same]
 
 
 def weight_histograms(weights: Mapping[float, np.ndarray], epsilon: pd.DataFrame, title: str) -> Figure:
@@ -103,8 +104,8 @@ def weight_histograms(weights: Mapping[float, np.ndarray], epsilon: pd.DataFrame
     for beta, part in epsilon.groupby("beta"):
         seeds = 100 * part.pivot_table(index="epsilon", columns="seed", values="share")
         color = colors.get(beta, WITH)
-        right.plot(seeds.index, seeds.mean(1), "o-", ms=4, color=color, label=_beta_name(beta))
-        right.fill_between(seeds.index, seeds.min(1), seeds.max(1), color=color, alpha=0.15, lw=0)
+        right.plot(seeds.index, seeds.mean(axis=1), "o-", ms=4, color=color, label=_beta_name(beta))
+        right.fill_between(seeds.index, seeds.min(axis=1), seeds.max(axis=1), color=color, alpha=0.15, lw=0)
     right.set(xscale="log", xlabel="ε", ylabel="kept weights with |w| < ε, %")
     right.set_title("ε-sparsity (band: range over seeds)")
     return figure
@@ -137,7 +138,7 @@ def accuracy_by_sparsity(accuracy: pd.DataFrame, dense: float | None = None) -> 
 
 
 def gains(accuracy: pd.DataFrame, published: pd.DataFrame) -> Figure:
-    """What the penalty adds in points, by sparsity and method (mean, 95 % interval over seeds); published ones hollow."""
+    """What the penalty adds in points, by sparsity and method: mean, 95 % interval, seeds; published ones hollow."""
     rows = accuracy[accuracy.method != "dense"]
     methods, levels = list(dict.fromkeys(rows.method)), sorted({*rows.sparsity, *published.sparsity})
     figure, axis = plt.subplots(figsize=(max(4.5, 1.1 * len(levels) + 1.5), 3.2))
@@ -157,7 +158,7 @@ def gains(accuracy: pd.DataFrame, published: pd.DataFrame) -> Figure:
                   label=f"published, {name}")  # fmt: skip
     axis.axhline(0, color="black", lw=0.8)
     axis.set_xticks(range(len(levels)), [f"{100 * level:g} %" for level in levels])
-    axis.set(xlabel="sparsity", ylabel="gain, points", title="Accuracy with less without the penalty")
+    axis.set(xlabel="sparsity", ylabel="gain, points", title="Accuracy gained by the penalty")
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
@@ -172,6 +173,6 @@ def shift_gains(shifts: pd.DataFrame) -> Figure:
         _points(axis, x, difference.loc[name].dropna().to_numpy(), color=WITH, marker="o")
     axis.axhline(0, color="black", lw=0.8)
     axis.set_xticks(range(len(order)), [name.replace("_", " ") for name in order], rotation=40, ha="right")
-    axis.set(ylabel="gain, points", title="Under shift: accuracy with less without the penalty")
+    axis.set(ylabel="gain, points", title="Accuracy gained by the penalty, by shift")
     axis.yaxis.set_major_locator(MaxNLocator(6))
     return figure

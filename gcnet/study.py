@@ -76,6 +76,9 @@ class Study(BaseModel):
     cka_epochs: int = Field(3, ge=1)
     cka_methods: tuple[str, ...] = Field(("rst", "rigl", "rewind"), description="sparse training methods compared")
     cka_sparsities: tuple[float, ...] = Field((0.9, 0.98), min_length=1)
+    cka_headline_sparsities: tuple[float, ...] = Field(
+        (), description="sparsities run with every seed, the others with the first three; () = all"
+    )
     cka_betas: tuple[float, ...] = Field(
         (1e-3, 1e-2), min_length=1, description="candidates for beta; the best on validation images is used"
     )
@@ -189,6 +192,7 @@ class Study(BaseModel):
         check("shift", self.shifts, [*CORRUPTIONS, "all"])
         check("natural shift", self.natural_shifts, NATURAL_SHIFTS)
         check("sparse training method", self.cka_methods, [m for m in METHODS if m != "dense"])
+        check("sparsity of cka_sparsities", self.cka_headline_sparsities, self.cka_sparsities)
         check("method of cka_methods", self.cka_shift_methods, self.cka_methods)
         return self
 
