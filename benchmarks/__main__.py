@@ -7,12 +7,13 @@ import json
 
 import pandas as pd
 
-from benchmarks import bench_connectivity, bench_corruptions, bench_reproduce, bench_snacs, bench_trainer
+from benchmarks import bench_cka, bench_connectivity, bench_corruptions, bench_reproduce, bench_snacs, bench_trainer
 from gcnet import paths
 from gcnet.errors import unknown
 from gcnet.store import atomic_write, provenance
 
 BENCHMARKS = {
+    "cka": bench_cka.run,
     "connectivity": bench_connectivity.run,
     "trainer": bench_trainer.run,
     "corruptions": bench_corruptions.run,

@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from gcnet.cka import CKASparsityRegularizer, linear_cka, minibatch_cka
 from gcnet.connectivity import connectivity
 from gcnet.cost import macs
 from gcnet.evaluation import evaluate
@@ -12,9 +13,11 @@ from gcnet.pruning import Masks, apply_masks, prune, sparsity
 from gcnet.removal import remove_filters, silenced
 from gcnet.shifts import corrupt
 from gcnet.snacs import SnacsPruning, acmi, mint_gmi, operating_limits, sensitivity, snacs_prune
+from gcnet.sparse_training import magnitude_rewinding, sparse_train
 from gcnet.study import Study
 
 __all__ = [
+    "CKASparsityRegularizer",
     "GhostPruning",
     "Masks",
     "SnacsPruning",
@@ -27,7 +30,10 @@ __all__ = [
     "evaluate",
     "ghost_prune",
     "layer_graph",
+    "linear_cka",
     "macs",
+    "magnitude_rewinding",
+    "minibatch_cka",
     "mint_gmi",
     "operating_limits",
     "prune",
@@ -35,5 +41,6 @@ __all__ = [
     "sensitivity",
     "silenced",
     "snacs_prune",
+    "sparse_train",
     "sparsity",
 ]

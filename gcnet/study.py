@@ -74,6 +74,32 @@ class Study(BaseModel):
     ablation_pruner: str = Field("os_synflow", description="the base pruner that each choice is flipped under")
     ablation_hybrid: str = Field("Full", description="the hybrid that each choice is flipped under")
     ablation_sparsity: float = Field(0.8, ge=0, lt=1)
+    # CKA-SR
+    cka_network: str = "resnet20"
+    cka_width: float = Field(0.25, gt=0, description="channel multiplier of cka_network")
+    cka_epochs: int = Field(3, ge=1)
+    cka_methods: tuple[str, ...] = Field(("rst", "rigl", "rewind"), description="sparse training methods compared")
+    cka_sparsities: tuple[float, ...] = Field((0.9, 0.98), min_length=1)
+    cka_headline_sparsities: tuple[float, ...] = Field(
+        (), description="sparsities run with every seed, the others with the first three; () = all"
+    )
+    cka_betas: tuple[float, ...] = Field(
+        (1e-3, 1e-2), min_length=1, description="candidates for beta; the best on validation images is used"
+    )
+    cka_choice_seeds: tuple[int, ...] = Field((100,), min_length=1, description="seeds that beta is chosen on")
+    cka_choice_sparsity: float = Field(0.95, ge=0, lt=1, description="sparsity of the RST runs that beta is chosen on")
+    cka_samples: int = Field(8, ge=4, description="the penalty takes the first so many images of a batch")
+    cka_every: int = Field(5, ge=1, description="the penalty acts on every so-manieth batch")
+    cka_variant: Literal["cka_sr", "aug_cka_sr"] = "cka_sr"
+    cka_reduction: Literal["sum", "mean"] | None = Field(None, description="None: the variant's own")
+    cka_rewire_every: int = Field(20, ge=1, description="SET, RigL: steps between exchanges of weights")
+    cka_rewire_fraction: float = Field(0.3, ge=0, le=1, description="SET, RigL: share exchanged at first")
+    cka_rounds: int = Field(1, ge=1, description="magnitude rewinding: rounds of pruning")
+    cka_rewind_epochs: int = Field(1, ge=0, description="magnitude rewinding: epochs whose weights are gone back to")
+    cka_images: int = Field(512, ge=8, description="test images that similarity is measured on")
+    cka_epsilons: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
+    cka_shift_methods: tuple[str, ...] = Field(("rst",), description="methods evaluated under shift")
+    cka_guided_sparsity: float = Field(0.95, ge=0, lt=1, description="GC-Net on networks trained with CKA-SR; 0 = not")
 
     # shift evaluation
     shifts: tuple[str, ...] = Field(("all",), description="corruption names, or 'all'")
@@ -132,7 +158,7 @@ class Study(BaseModel):
         """Whether the study runs this notebook, given by its name or number: `study.runs("06_snacs")`."""
         return not self.notebooks or notebook[:2] in self.notebooks
 
-    @field_validator("sparsities")
+    @field_validator("sparsities", "cka_sparsities")
     @classmethod
     def _sparsities_in_range(cls, values: tuple[float, ...]) -> tuple[float, ...]:
         for value in values:
@@ -156,6 +182,22 @@ class Study(BaseModel):
                 raise ValueError(f"severity {value} is outside 1..5 (0, the clean set, is always evaluated)")
         return values
 
+    @field_validator("cka_betas", "cka_epsilons")
+    @classmethod
+    def _above_0(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        for value in values:
+            if value <= 0:
+                raise ValueError(f"{value} is not above 0")
+        return values
+
+    @model_validator(mode="after")
+    def _cka_fits_together(self) -> Study:
+        if "rewind" in self.cka_methods and self.cka_rewind_epochs >= self.cka_epochs:
+            raise ValueError(f"cka_rewind_epochs {self.cka_rewind_epochs} must be below cka_epochs {self.cka_epochs}")
+        if len(self.cka_betas) > 1 and not self.val_share:
+            raise ValueError("cka_betas: choosing one of several needs validation images: val_share above 0")
+        return self
+
     @model_validator(mode="after")
     def _names_are_known(self) -> Study:
         # Imported here: study.py stands above every registry it checks against.
@@ -166,6 +208,7 @@ class Study(BaseModel):
         from gcnet.pruning import PRUNERS
         from gcnet.shifts import CORRUPTIONS, NATURAL_SHIFTS
         from gcnet.snacs import METHODS as SNACS_METHODS
+        from gcnet.sparse_training import METHODS as SPARSE_METHODS
 
         def check(kind: str, names: Any, known: Any) -> None:
             for name in names:
@@ -174,8 +217,9 @@ class Study(BaseModel):
 
         if not self.dataset.startswith("image_folder:"):
             check("data set", [self.dataset], DATASETS)
-        if not self.network.startswith("torchvision:"):
-            check("network", [self.network], NETWORKS)
+        for name in (self.network, self.cka_network):
+            if not name.startswith("torchvision:"):
+                check("network", [name], NETWORKS)
         check("pruner", [*self.pruners, self.flops_pruner, self.ablation_pruner], PRUNERS)
         check("similarity", [*self.guidance, *self.flops_similarities], SIMILARITIES)
         for name in chain.from_iterable(self.guidance.values()):
@@ -184,6 +228,9 @@ class Study(BaseModel):
         check("SNACS method", self.snacs_methods, SNACS_METHODS)
         check("shift", self.shifts, [*CORRUPTIONS, "all"])
         check("natural shift", self.natural_shifts, NATURAL_SHIFTS)
+        check("sparse training method", self.cka_methods, [m for m in SPARSE_METHODS if m != "dense"])
+        check("sparsity of cka_sparsities", self.cka_headline_sparsities, self.cka_sparsities)
+        check("method of cka_methods", self.cka_shift_methods, self.cka_methods)
         return self
 
     @property

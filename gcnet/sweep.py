@@ -9,7 +9,7 @@ from concurrent.futures import Executor, Future, as_completed
 from pathlib import Path
 from typing import Any
 
-from gcnet import ablations, snacs_cells
+from gcnet import ablations, cka_cells, snacs_cells
 from gcnet.cells import (
     Cell,
     cell_result,
@@ -70,7 +70,8 @@ Task = tuple[Callable[..., str], Study, Any]
 
 def stages(study: Study) -> Iterator[tuple[str, list[Task]]]:
     """(name, tasks) in the order in which they are computed; the tasks of one stage do not need each other."""
-    yield "dense", [(run_dense, study, seed) for seed in study.seeds]
+    if set(study.notebooks) != {"07"}:  # which trains networks of its own
+        yield "dense", [(run_dense, study, seed) for seed in study.seeds]
     yield "corruptions", [(run_corruption, study, name) for name in study.corruptions]
     if study.runs("02"):
         yield "drift", [(run_drift, study, seed) for seed in study.seeds]
@@ -87,6 +88,7 @@ def stages(study: Study) -> Iterator[tuple[str, list[Task]]]:
 # What the other systems compute: number of the notebook that shows it -> its stages.
 SYSTEMS: dict[str, Callable[[Study], Iterable[tuple[str, list[Task]]]]] = {
     "06": snacs_cells.stages,
+    "07": cka_cells.stages,
     "11": ablations.stages,
 }
 

@@ -20,6 +20,7 @@ from gcnet.store import atomic_write
 log = logging.getLogger("gcnet")
 
 Penalty = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Rewire = Callable[[list[tuple[Tensor, Tensor]], torch.optim.Optimizer, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,8 @@ def train(
     seed: int,
     masks: Mapping[str, Tensor] | None = None,
     penalty: Penalty | None = None,
+    rewire: Rewire | None = None,
+    first_epoch: int = 0,
     device: torch.device | None = None,
     precision: str = "auto",
     checkpoint: Path | None = None,
@@ -161,8 +164,11 @@ def train(
     """Train in place; one row an epoch (epoch, loss, accuracy on the augmented training images, seconds).
 
     model: takes uint8 batches (see `Normalize`) on `device`. masks: {parameter name: bool}, True = kept, held after
-    every step. penalty(model, images, labels) is added to the loss. checkpoint: written after every epoch and, if it
-    is there, continued from: the same weights to the last bit as without the interruption, on the same machine.
+    every step. penalty(model, images, labels) is added to the loss. rewire(pairs of weight and mask, optimizer, step,
+    steps) is called after every optimizer step and may change the masks in place; `masks`, then a dict, holds the last
+    ones on return. first_epoch: how many epochs the weights have behind them; schedule and order go on from there.
+    checkpoint: written after every epoch and, if it is there, continued from: the same weights to the last bit as
+    without the interruption, on the same machine, moved masks and the state of the penalty included.
     The order and augmentation of every epoch follow from (seed, epoch) alone. Raises FloatingPointError when the
     loss is not finite, ValueError for masks or a checkpoint of another network.
     """
@@ -170,18 +176,20 @@ def train(
         raise ValueError(f"there are no training images in '{data.name}'")
     device = device or next(model.parameters()).device
     pairs = hold(model, masks)
+    if rewire is not None:
+        pairs = [(parameter, mask.clone()) for parameter, mask in pairs]
     apply_held(pairs)
     optimizer = _optimizer(model, recipe)
     history: list[dict[str, float]] = []
     if checkpoint and checkpoint.exists():
-        history = _resume(checkpoint, model, optimizer, recipe, seed)
+        history = _resume(checkpoint, model, optimizer, recipe, seed, pairs if rewire else [], penalty)
     images, labels = data.images.to(device), data.labels.to(device)
     # The last, smaller batch of an epoch is left out (each epoch shuffles anew), unless it is the only one.
     batch_size = min(recipe.batch_size, len(data))
     per_epoch = len(data) // batch_size
     steps = per_epoch * recipe.epochs
     model.train()
-    for epoch in range(len(history), recipe.epochs):
+    for epoch in range(first_epoch + len(history), recipe.epochs):
         started = time.perf_counter()
         torch.manual_seed((seed << 20) + epoch)  # dropout
         generator = torch.Generator().manual_seed((seed << 20) + epoch)
@@ -202,6 +210,8 @@ def train(
                 loss = loss + penalty(model, x, y)
             loss.backward()
             optimizer.step()
+            if rewire is not None:
+                rewire(pairs, optimizer, epoch * per_epoch + k, steps)
             apply_held(pairs)
             total_loss += loss.detach()
             correct += (logits.detach().argmax(1) == y).sum()
@@ -219,25 +229,35 @@ def train(
         if on_epoch:
             on_epoch(row)
         if checkpoint:
-            _save(checkpoint, model, optimizer, recipe, seed, history)
+            _save(checkpoint, model, optimizer, recipe, seed, history, pairs if rewire else [], penalty)
+    if rewire is not None and masks:
+        for name, (_, mask) in zip(masks, pairs, strict=True):
+            masks[name] = mask.to(masks[name].device)
     return history
 
 
-def _save(path: Path, model: nn.Module, optimizer: torch.optim.SGD, recipe: Recipe, seed: int, history: list) -> None:
+def _save(
+    path: Path, model: nn.Module, optimizer: torch.optim.SGD, recipe: Recipe, seed: int, history: list,
+    moving: list[tuple[Tensor, Tensor]], penalty: Penalty | None,
+) -> None:  # fmt: skip
+    """moving: the (weight, mask) pairs of masks that change; a penalty with a `state_dict` keeps its state too."""
     state = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "recipe": asdict(recipe),
         "seed": seed,
         "history": history,
+        "masks": [mask for _, mask in moving],
+        "penalty": penalty.state_dict() if hasattr(penalty, "state_dict") else None,
     }
     with atomic_write(path) as temporary:
         torch.save(state, temporary)
 
 
 def _resume(
-    path: Path, model: nn.Module, optimizer: torch.optim.SGD, recipe: Recipe, seed: int
-) -> list[dict[str, float]]:
+    path: Path, model: nn.Module, optimizer: torch.optim.SGD, recipe: Recipe, seed: int,
+    moving: list[tuple[Tensor, Tensor]], penalty: Penalty | None,
+) -> list[dict[str, float]]:  # fmt: skip
     damaged = f"checkpoint '{path}' is truncated or of another network"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -251,6 +271,10 @@ def _resume(
     try:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        for (_, mask), saved in zip(moving, state.get("masks", []), strict=True):
+            mask.copy_(saved)
+        if state.get("penalty") is not None:
+            penalty.load_state_dict(state["penalty"])
     except Exception as error:
         raise ValueError(f"{damaged}: {error}") from error
     return state["history"]

@@ -1,0 +1,600 @@
+"""The expensive things of the CKA-SR notebook, each computed once: sparse training with and without the penalty."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+from gcnet import data
+from gcnet.cells import (
+    DATA,
+    TRAINING,
+    _loaded,
+    _save_model,
+    corrupted_images,
+    example_input,
+    network,
+    normalized_batches,
+    precision,
+    recipe,
+    shift_images,
+    splits,
+)
+from gcnet.cka import CKASparsityRegularizer, epsilon_sparsity, find_stages, minibatch_cka
+from gcnet.evaluation import Interval, bootstrap, score, verdict
+from gcnet.hybrid import ghost_prune
+from gcnet.pruning import Masks, apply_masks
+from gcnet.shifts import NATURAL_SHIFTS
+from gcnet.sparse_training import magnitude_rewinding, sparse_train
+from gcnet.store import Store, read_json, write_json
+from gcnet.study import Study
+from gcnet.training import autocast, pick_device, train
+
+# A number is raised when the computation behind a kind changes its results.
+VERSIONS = {"cka_run": 1, "cka_measure": 1, "cka_shift": 1, "cka_guided": 1, "cka_cost": 1}
+
+# Published accuracies, in fractions. Source: arXiv 2307.07389 (RST, ResNet-20, 160 epochs of the full training set).
+PUBLISHED = [
+    {"dataset": "CIFAR-100", "method": "RST", "sparsity": s, "without": b / 100, "with": c / 100, "augmented": a / 100}
+    for s, b, c, a in (
+        (0.70, 65.42, 65.60, 65.85),
+        (0.85, 60.37, 60.86, 60.89),
+        (0.90, 56.96, 57.25, 57.02),
+        (0.95, 47.27, 48.26, 48.39),
+        (0.98, 33.74, 34.44, 34.60),
+        (0.998, 2.95, 3.32, 3.04),
+    )
+] + [{"dataset": "CIFAR-10", "method": "RST", "sparsity": 0.95, "without": 0.8416, "with": 0.8503, "augmented": None}]
+
+
+_PRUNABLE = (nn.Conv2d, nn.Linear)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a sparse training method at a sparsity, the penalty's beta (0: without), a seed."""
+
+    method: str
+    sparsity: float
+    beta: float
+    seed: int
+
+    def row(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def own(study: Study) -> Study:
+    """The study with the network and the epochs of CKA-SR as its own, for what builds and trains networks."""
+    changed = {"network": study.cka_network, "width": study.cka_width, "epochs": study.cka_epochs}
+    return study.model_copy(update=changed)
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+def _inputs(study: Study, run: Run) -> dict[str, Any]:
+    mine = own(study)
+    rewinds, moves = run.method == "rewind", run.method in ("set", "rigl")
+    return {
+        "version": VERSIONS["cka_run"],
+        **mine.only(*DATA, *TRAINING, "network", "width"),
+        "train_images": study.train_images or None,
+        **run.row(),
+        "penalty": [study.cka_samples, study.cka_every, study.cka_variant, study.cka_reduction] if run.beta else None,
+        "rewiring": [study.cka_rewire_every, study.cka_rewire_fraction] if moves else None,
+        "rewind_epochs": study.cka_rewind_epochs if rewinds or run.method == "dense" else None,
+        "rounds": study.cka_rounds if rewinds else None,
+        "precision": precision(study),
+        "data_sha256": splits(study).train.sha256,
+    }
+
+
+def regularizer(study: Study, net: nn.Sequential, beta: float) -> CKASparsityRegularizer | None:
+    """The penalty of a study on the network behind its normalisation; None for beta 0."""
+    if not beta:
+        return None
+    return CKASparsityRegularizer(
+        net[1], example_input(study), beta=beta, samples=study.cka_samples, every=study.cka_every,
+        reduction=study.cka_reduction, variant=study.cka_variant,
+    )  # fmt: skip
+
+
+def run_folder(study: Study, run: Run) -> Path:
+    """The folder with `model.safetensors`, `masks.safetensors`, `run.json` and `history.json` of a training.
+
+    Dense networks also leave `early.safetensors`, the weights that rewinding goes back to.
+    """
+
+    def compute(folder: Path) -> None:
+        mine, sets, how = own(study), splits(study), precision(study)
+        net = network(mine, run.seed).to(pick_device(study.device))
+        early = folder / "early.safetensors"
+        if run.method == "dense" and not study.cka_rewind_epochs:
+            save_file(_state(net[1]), early)
+
+        def keep_early(row: dict[str, float]) -> None:
+            if run.method == "dense" and row["epoch"] == study.cka_rewind_epochs:
+                save_file(_state(net[1]), early)
+
+        layers = [f"1.{name}" for name, module in net[1].named_modules() if isinstance(module, _PRUNABLE)]
+        common = {"seed": run.seed, "sparsity": run.sparsity, "layers": layers, "precision": how}
+        if run.method == "rewind":
+            trained = run_folder(study, replace(run, method="dense", sparsity=0.0))
+            net = _loaded(mine, run.seed, trained)
+            start = {f"1.{name}": value for name, value in load_file(trained / "early.safetensors").items()}
+            masks, history = magnitude_rewinding(
+                net, start, sets.train, recipe(mine), penalty=regularizer(study, net, run.beta), folder=folder,
+                rounds=study.cka_rounds, rewind_epochs=study.cka_rewind_epochs, **common,
+            )  # fmt: skip
+        else:
+            masks, history = sparse_train(
+                net, sets.train, recipe(mine), method=run.method, penalty=regularizer(study, net, run.beta),
+                every=study.cka_rewire_every, fraction=study.cka_rewire_fraction, checkpoint=folder / "checkpoint.pt",
+                on_epoch=keep_early, **common,
+            )  # fmt: skip
+        for left in (*folder.glob("*.pt"), *folder.glob("round*.masks")):
+            left.unlink()
+        masks = Masks({name.removeprefix("1."): mask for name, mask in masks.items()})
+        masks.save(folder / "masks.safetensors")
+        _save_model(net[1], folder)
+        write_json(folder / "history.json", history)
+        weights = sum(net.get_submodule(layer).weight.numel() for layer in layers)
+        test = score(net, sets.test, precision=how)
+        result = {
+            **run.row(),
+            "accuracy": test["accuracy"],
+            "val_accuracy": score(net, sets.val, precision=how)["accuracy"] if len(sets.val) else None,
+            "ece": test["ece"],
+            "weights": weights,
+            "kept_weights": sum(int(mask.sum()) for mask in masks.values()) if masks else weights,
+        }
+        write_json(folder / "run.json", result)
+
+    return Store().once("cka_run", _inputs(study, run), compute)
+
+
+def _state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
+
+
+def run_result(study: Study, run: Run) -> dict[str, Any]:
+    """method, sparsity, beta, seed, accuracy (test), val_accuracy, ece, weights, kept_weights."""
+    return read_json(run_folder(study, run) / "run.json")
+
+
+def run_network(study: Study, run: Run) -> tuple[nn.Sequential, Masks]:
+    """The trained network behind its normalisation, in eval mode, and its masks (none if dense)."""
+    folder = run_folder(study, run)
+    return _loaded(own(study), run.seed, folder), Masks.load(folder / "masks.safetensors")
+
+
+# --- beta, chosen on validation images ------------------------------------------------------------------------------
+
+
+def choice_runs(study: Study) -> list[Run]:
+    """The runs that beta is chosen on: RST at one sparsity, seeds of their own, beta 0 for comparison."""
+    if len(study.cka_betas) == 1:
+        return []
+    betas = (0.0, *study.cka_betas)
+    return [Run("rst", study.cka_choice_sparsity, beta, seed) for beta in betas for seed in study.cka_choice_seeds]
+
+
+def choice_table(study: Study) -> pd.DataFrame:
+    """cka_sr_choice.csv: beta, seed, val_accuracy of the runs that beta is chosen on."""
+    rows = [run_result(study, run) for run in choice_runs(study)]
+    return pd.DataFrame(rows, columns=["method", "sparsity", "beta", "seed", "val_accuracy"])
+
+
+def chosen_beta(study: Study) -> float:
+    """The beta of the highest mean accuracy on validation images (of equal ones the smallest), or the only one."""
+    if len(study.cka_betas) == 1:
+        return study.cka_betas[0]
+    table = choice_table(study)
+    means = table[table.beta > 0].groupby("beta").val_accuracy.mean()
+    return float(means.idxmax())
+
+
+# --- the runs of a study --------------------------------------------------------------------------------------------
+
+# (method, sparsity, whether the penalty is on, seed): a run before beta is chosen.
+Plan = tuple[str, float, bool, int]
+
+
+def seeds_at(study: Study, sparsity: float) -> tuple[int, ...]:
+    """Every seed at a headline sparsity (if none is named, at all of them), else the first three."""
+    headline = study.cka_headline_sparsities or study.cka_sparsities
+    return study.seeds if sparsity in headline else study.seeds[:3]
+
+
+def planned(study: Study) -> list[Plan]:
+    """Every sparse training of a study, each without and with the penalty."""
+    return [
+        (method, sparsity, on, seed)
+        for sparsity in study.cka_sparsities
+        for seed in seeds_at(study, sparsity)
+        for method in study.cka_methods
+        for on in (False, True)
+    ]
+
+
+def planned_dense(study: Study) -> list[Plan]:
+    """The dense trainings that rewinding and GC-Net start from."""
+    if "rewind" not in study.cka_methods and not study.cka_guided_sparsity:
+        return []
+    return [("dense", 0.0, on, seed) for seed in study.seeds for on in (False, True)]
+
+
+def settled(study: Study, plan: Plan) -> Run:
+    method, sparsity, on, seed = plan
+    return Run(method, sparsity, chosen_beta(study) if on else 0.0, seed)
+
+
+def runs(study: Study) -> list[Run]:
+    return [settled(study, plan) for plan in (*planned_dense(study), *planned(study))]
+
+
+def measured_runs(study: Study) -> list[Run]:
+    """Runs whose representations are compared: dense and RST ones, and those that beta is chosen on."""
+    return [run for run in (*runs(study), *choice_runs(study)) if run.method in ("dense", "rst")]
+
+
+def accuracy_table(study: Study) -> pd.DataFrame:
+    """cka_sr_accuracy.csv: method, sparsity, beta, seed, accuracy, ...; one row a training."""
+    columns = ["method", "sparsity", "beta", "seed", "accuracy", "val_accuracy", "ece", "kept_weights", "weights"]
+    return pd.DataFrame([run_result(study, run) for run in runs(study)], columns=columns)
+
+
+def published_table(study: Study, accuracy: pd.DataFrame) -> pd.DataFrame:
+    """cka_sr_published.csv: source, dataset, method, sparsity, without, with, augmented (AugCKA-SR), gain."""
+    rows = []
+    for (method, sparsity), part in accuracy[accuracy.method == "rst"].groupby(["method", "sparsity"]):
+        means = part.groupby("beta").accuracy.mean()
+        row = {"source": "ours", "dataset": study.dataset, "method": method.upper(), "sparsity": sparsity}
+        rows.append({**row, "without": means[0.0], "with": means[means.index.max()], "augmented": None})
+    table = pd.DataFrame(rows + [{"source": "arXiv 2307.07389", **row} for row in PUBLISHED])
+    return table.assign(gain=table["with"] - table["without"])
+
+
+# --- what the penalty does to a network -----------------------------------------------------------------------------
+
+
+def measured(study: Study, run: Run) -> dict[str, Any]:
+    """{"layers", "cka" (a list of rows), "stages", "epsilon": [[epsilon, share of the kept weights below it], ...]}.
+
+    Similarity: minibatch CKA of the block outputs on test images, in float32, batches of 128.
+    """
+    inputs = {
+        "version": VERSIONS["cka_measure"],
+        "run": Store.key("cka_run", _inputs(study, run)),
+        "images": study.cka_images,
+        "epsilons": list(study.cka_epsilons),
+        "split_seed": study.split_seed,
+    }
+
+    def compute(folder: Path) -> None:
+        net, masks = run_network(study, run)
+        test = splits(study).test
+        if study.cka_images < len(test):
+            test = test.take(data.stratified(test.labels, study.cka_images, study.split_seed + 5)[1])
+        size = min(128, len(test))
+        batches = ((net[0](x), y) for x, y in test.batches(size, pick_device(study.device)))
+        names, matrix = minibatch_cka(net[1], batches)
+        small = epsilon_sparsity(net[1], study.cka_epsilons, masks)
+        result = {
+            "layers": list(names),
+            "cka": matrix.tolist(),
+            "stages": [list(stage) for stage in find_stages(net[1], example_input(study))],
+            "epsilon": [[epsilon, share] for epsilon, share in small.items()],
+        }
+        write_json(folder / "measure.json", result)
+
+    return read_json(Store().once("cka_measure", inputs, compute) / "measure.json")
+
+
+def similarity_table(study: Study) -> pd.DataFrame:
+    """cka_sr_similarity.csv: layer_i, layer_j, beta, seed, cka, method, sparsity, same_stage; every ordered pair."""
+    rows = []
+    for run in measured_runs(study):
+        found = measured(study, run)
+        stage = {name: k for k, names in enumerate(found["stages"]) for name in names}
+        for i, values in zip(found["layers"], found["cka"], strict=True):
+            for j, value in zip(found["layers"], values, strict=True):
+                row = {"layer_i": i, "layer_j": j, "beta": run.beta, "seed": run.seed, "cka": value}
+                same = i != j and i in stage and stage.get(i) == stage.get(j)
+                rows.append({**row, "method": run.method, "sparsity": run.sparsity, "same_stage": same})
+    return pd.DataFrame(rows)
+
+
+def epsilon_table(study: Study) -> pd.DataFrame:
+    """cka_sr_epsilon.csv: epsilon, beta, seed, share (of the kept weights), method, sparsity."""
+    rows = [
+        {"epsilon": epsilon, "beta": run.beta, "seed": run.seed, "share": share, "method": run.method,
+         "sparsity": run.sparsity}
+        for run in measured_runs(study)
+        for epsilon, share in measured(study, run)["epsilon"]
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def kept_weights(study: Study, method: str, sparsity: float, beta: float, seed: int) -> np.ndarray:
+    """All Conv2d and Linear weights that the masks of a run keep."""
+    net, masks = run_network(study, Run(method, sparsity, beta, seed))
+    every = {name: net[1].get_parameter(name).detach() for name in masks}
+    if not masks:
+        every = {f"{n}.weight": m.weight.detach() for n, m in net[1].named_modules() if isinstance(m, _PRUNABLE)}
+    return torch.cat([w[masks[n].to(w.device)] if masks else w.flatten() for n, w in every.items()]).cpu().numpy()
+
+
+# --- under shift ----------------------------------------------------------------------------------------------------
+
+
+def shifted(study: Study, run: Run) -> list[dict[str, Any]]:
+    """Clean, corrupted and natural-shift scores of a run: shift, severity (0 = clean), accuracy, ece, images."""
+    inputs = {
+        "version": VERSIONS["cka_shift"],
+        "run": Store.key("cka_run", _inputs(study, run)),
+        **study.only("split_seed", "shift_images", "severity_table", "severities", "natural_shifts"),
+        "shifts": list(study.corruptions),
+    }
+
+    def compute(folder: Path) -> None:
+        net, how = run_network(study, run)[0], precision(study)
+        test, subset = splits(study).test, shift_images(study)
+        rows = [{"shift": "clean", "severity": 0, **score(net, test, precision=how)}]
+        for name in study.corruptions:
+            for severity in study.severities:
+                images = corrupted_images(study, name, severity)
+                moved = data.Dataset(test.name, images, subset.labels, test.classes)
+                rows.append({"shift": name, "severity": severity, **score(net, moved, precision=how)})
+        for name in study.natural_shifts:
+            natural = data.load_test(NATURAL_SHIFTS[name][0], image_size=study.image_size, channels=study.channels)
+            rows.append({"shift": name, "severity": 1, **score(net, natural, precision=how)})
+        write_json(folder / "shift.json", rows)
+
+    return read_json(Store().once("cka_shift", inputs, compute) / "shift.json")
+
+
+def shift_table(study: Study) -> pd.DataFrame:
+    """cka_sr_shift_accuracy.csv: method, sparsity, beta, seed, shift, severity, accuracy, ece."""
+    rows = [
+        {**run.row(), **{name: row[name] for name in ("shift", "severity", "accuracy", "ece")}}
+        for run in runs(study)
+        if run.method in study.cka_shift_methods
+        for row in shifted(study, run)
+    ]
+    return pd.DataFrame(rows, columns=["method", "sparsity", "beta", "seed", "shift", "severity", "accuracy", "ece"])
+
+
+# --- GC-Net on networks trained with the penalty --------------------------------------------------------------------
+
+
+def guided(study: Study, run: Run, hybrid: str) -> dict[str, Any]:
+    """A dense run pruned directly or under guidance and fine-tuned: accuracy_before, accuracy (test)."""
+    inputs = {
+        "version": VERSIONS["cka_guided"],
+        "run": Store.key("cka_run", _inputs(study, run)),
+        "pruner": study.flops_pruner,
+        "hybrid": hybrid,
+        "sparsity": study.cka_guided_sparsity,
+        **study.only("finetune_epochs", "finetune_lr", "residual"),
+    }
+
+    def compute(folder: Path) -> None:
+        net, _ = run_network(study, run)
+        mine, sets, how = own(study), splits(study), precision(study)
+        found = ghost_prune(
+            net[1], normalized_batches(net, sets.train), pruner=study.flops_pruner, hybrid=hybrid,
+            sparsity=study.cka_guided_sparsity, residual=study.residual, seed=run.seed,
+        )  # fmt: skip
+        apply_masks(net[1], found.masks)
+        before = score(net, sets.test, precision=how)["accuracy"]
+        tuning = replace(recipe(mine), epochs=study.finetune_epochs, lr=study.finetune_lr, schedule="one_cycle")
+        held = {f"1.{name}": mask for name, mask in found.masks.items()}
+        train(net, sets.train, tuning, seed=run.seed, masks=held, precision=how, checkpoint=folder / "checkpoint.pt")
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        after = score(net, sets.test, precision=how)["accuracy"]
+        write_json(folder / "guided.json", {"accuracy_before": before, "accuracy": after})
+
+    return read_json(Store().once("cka_guided", inputs, compute) / "guided.json")
+
+
+GUIDED_HYBRIDS = ("direct", "B25")
+
+
+def guided_table(study: Study) -> pd.DataFrame:
+    """cka_sr_guided.csv: pruner, hybrid, sparsity, beta, seed, accuracy_before, accuracy (after fine-tuning)."""
+    rows = []
+    for plan in planned_dense(study) if study.cka_guided_sparsity else []:
+        run = settled(study, plan)
+        for hybrid in GUIDED_HYBRIDS:
+            row = {"pruner": study.flops_pruner, "hybrid": hybrid, "sparsity": study.cka_guided_sparsity}
+            rows.append({**row, "beta": run.beta, "seed": run.seed, **guided(study, run, hybrid)})
+    return pd.DataFrame(rows)
+
+
+# --- what it costs --------------------------------------------------------------------------------------------------
+
+
+def cost_rows(study: Study, repeats: int = 12) -> list[dict[str, Any]]:
+    """Seconds of a training step with and without the penalty, steps in turn, medians: cka_sr_cost.csv.
+
+    At the study's own setting, the authors' (8 samples, every 5th batch) and the dearest (the whole batch, always).
+    """
+    settings = dict.fromkeys([(study.cka_samples, study.cka_every), (8, 5), (study.batch_size, 1)])
+    inputs = {
+        "version": VERSIONS["cka_cost"],
+        **own(study).only("network", "width", "batch_size", "image_size", "channels"),
+        "settings": [list(setting) for setting in settings],
+        "precision": precision(study),
+        "device": str(pick_device(study.device)),
+    }
+
+    def compute(folder: Path) -> None:
+        device = pick_device(study.device)
+        net = network(own(study), 0).to(device).train()
+        sets = splits(study).train
+        images, labels = (part[: study.batch_size].to(device) for part in (sets.images, sets.labels))
+
+        def seconds(penalty: CKASparsityRegularizer | None) -> float:
+            started = time.perf_counter()
+            with autocast(device, precision(study)):
+                logits = net(images)
+            loss = F.cross_entropy(logits.float(), labels)
+            net.zero_grad(set_to_none=True)
+            (loss if penalty is None else loss + penalty()).backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            return time.perf_counter() - started
+
+        rows = []
+        for samples, every in settings:
+            plain, acting = [], []
+            for _ in range(repeats):
+                plain.append(seconds(None))
+                penalty = CKASparsityRegularizer(net[1], example_input(study), samples=samples, every=1)
+                acting.append(seconds(penalty))
+                penalty.remove()
+            without, dear = statistics.median(plain[2:]), statistics.median(acting[2:])
+            blocks = len(penalty.names)
+            rows.append(
+                {
+                    "samples": samples,
+                    "every": every,
+                    "step_s": without,
+                    "step_with_s": without + (dear - without) / every,
+                    "overhead": (dear / without - 1) / every,
+                    "gram_bytes": 4 * blocks * min(samples, len(images)) ** 2,
+                    "blocks": blocks,
+                    "batch_size": len(images),
+                }
+            )
+        write_json(folder / "cost.json", rows)
+
+    return read_json(Store().once("cka_cost", inputs, compute) / "cost.json")
+
+
+def cost_table(study: Study) -> pd.DataFrame:
+    """cka_sr_cost.csv: samples, every, step_s, step_with_s, overhead, gram_bytes, blocks, batch_size."""
+    return pd.DataFrame(cost_rows(study))
+
+
+# --- claims ---------------------------------------------------------------------------------------------------------
+
+_STATEMENTS = {
+    "cka-sr-1": "The penalty lowers the similarity of blocks of one stage.",
+    "cka-sr-2": "The penalty raises the share of weights near 0.",
+    "cka-sr-3": "The penalty raises the accuracy of sparse training.",
+    "cka-sr-4": "It raises accuracy most at the highest sparsity.",
+    "cka-sr-5": "The penalty raises accuracy under shift.",
+    "cka-sr-6": "A network trained with the penalty is more accurate after guided pruning.",
+}
+_SOURCES = {"cka-sr-5": "this project", "cka-sr-6": "this project"}
+
+
+def paired(rows: pd.DataFrame, beta: float, value: str) -> pd.Series:
+    """With `beta` less without, per seed; rows are averaged over everything else first."""
+    by = rows.groupby(["beta", "seed"])[value].mean().unstack("beta")
+    return (by[beta] - by[0.0]).dropna() if beta in by and 0.0 in by else pd.Series(dtype=float)
+
+
+def claims_table(
+    study: Study, accuracy: pd.DataFrame, similarity: pd.DataFrame, epsilon: pd.DataFrame, shifts: pd.DataFrame,
+    combined: pd.DataFrame,
+) -> pd.DataFrame:  # fmt: skip
+    """cka_sr_claims.csv, with the columns of claims.csv: differences with less without the penalty, paired by seed."""
+    rows: list[dict[str, Any]] = []
+
+    def add(claim: str, measure: str, differences: pd.Series, sparsity: float, smallest: float = 0.002) -> None:
+        if differences.empty:
+            return
+        interval = bootstrap(differences.to_numpy())
+        rows.append(_claim_row(claim, measure, interval, sparsity, verdict(interval, smallest=smallest)))
+
+    pairs = similarity[similarity.same_stage]
+    for (method, sparsity), part in pairs.groupby(["method", "sparsity"], sort=False):
+        for beta in sorted(set(part.beta) - {0.0}):
+            seeds = paired(part, beta, "cka")
+            add("cka-sr-1", f"fall of CKA inside stages: {method}, beta {beta:g}", -seeds, sparsity, 0.01)
+    for (method, sparsity, level), part in epsilon.groupby(["method", "sparsity", "epsilon"], sort=False):
+        for beta in sorted(set(part.beta) - {0.0}):
+            seeds = paired(part, beta, "share")
+            add("cka-sr-2", f"share of kept weights below {level:g}: {method}, beta {beta:g}", seeds, sparsity, 0.001)
+    beta = chosen_beta(study)
+    gains = {}
+    for (method, sparsity), part in accuracy.groupby(["method", "sparsity"], sort=False):
+        gains[method, sparsity] = paired(part, beta, "accuracy")
+        if method != "dense":
+            add("cka-sr-3", f"clean accuracy: {method}, beta {beta:g}", gains[method, sparsity], sparsity)
+    *lower, highest = sorted(study.cka_sparsities)
+    for method in study.cka_methods if lower else []:
+        others = sum(gains[method, s] for s in lower) / len(lower)
+        name = f"gain at {highest:g} less mean gain at lower sparsities: {method}, beta {beta:g}"
+        add("cka-sr-4", name, gains[method, highest] - others, highest)
+    for (method, sparsity), part in shifts[shifts.severity > 0].groupby(["method", "sparsity"], sort=False):
+        add("cka-sr-5", f"accuracy under shift: {method}, beta {beta:g}", paired(part, beta, "accuracy"), sparsity)
+    for hybrid, part in combined.groupby("hybrid", sort=False) if len(combined) else []:
+        level = study.cka_guided_sparsity
+        add("cka-sr-6", f"accuracy after pruning: {hybrid}, beta {beta:g}", paired(part, beta, "accuracy"), level)
+    columns = ["claim", "source", "statement", "measure", "estimate", "ci_low", "ci_high", "n", "verdict", "sparsity"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _claim_row(claim: str, measure: str, interval: Interval, sparsity: float, word: str) -> dict[str, Any]:
+    return {
+        "claim": claim,
+        "source": _SOURCES.get(claim, "CKA-SR, abstract"),
+        "statement": _STATEMENTS[claim],
+        "measure": measure,
+        "estimate": interval.estimate,
+        "ci_low": interval.low,
+        "ci_high": interval.high,
+        "n": interval.n,
+        "verdict": word,
+        "sparsity": sparsity,
+    }
+
+
+# --- the sweep ------------------------------------------------------------------------------------------------------
+
+
+def run_choice(study: Study, run: Run) -> str:
+    measured(study, run)
+    return f"beta {run.beta:g}, seed {run.seed}"
+
+
+def run_plan(study: Study, plan: Plan) -> str:
+    run = settled(study, plan)
+    run_folder(study, run)
+    if run.method in ("dense", "rst"):
+        measured(study, run)
+    if run.method in study.cka_shift_methods:
+        shifted(study, run)
+    return " ".join(str(value) for value in run.row().values())
+
+
+def run_guided(study: Study, of: tuple[Plan, str]) -> str:
+    guided(study, settled(study, of[0]), of[1])
+    return f"{of[1]} pruning, seed {of[0][3]}"
+
+
+def stages(study: Study) -> Iterator[tuple[str, list[tuple[Any, Study, Any]]]]:
+    """What the sweep computes for notebook 07; beta is settled in the workers, when the choice is in the store."""
+    if choice := choice_runs(study):
+        yield "CKA-SR, choice of beta", [(run_choice, study, run) for run in choice]
+    if dense := planned_dense(study):
+        yield "CKA-SR, dense", [(run_plan, study, plan) for plan in dense]
+    yield "CKA-SR", [(run_plan, study, plan) for plan in planned(study)]
+    if study.cka_guided_sparsity:
+        both = [(plan, hybrid) for plan in dense for hybrid in GUIDED_HYBRIDS]
+        yield "CKA-SR, GC-Net", [(run_guided, study, of) for of in both]
