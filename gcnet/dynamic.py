@@ -93,12 +93,14 @@ class Signal:
 class Head(nn.Linear):
     """(N, C_in, H, W) -> logits (N, C_out): global pooling, softmax over channels, one 1 x 1 convolution.
 
-    Cost: C_in * C_out multiply-accumulates. pool: max (paper) or mean (the authors' code). Not in bf16.
+    Cost: C_in * C_out multiply-accumulates. pool: max (paper) or mean (the authors' code). scaled: the softmax times
+    C_in, so that the convolution sees numbers around 1: a head can express the same, but learns in few epochs what
+    else takes hundreds (choice). Not in bf16.
     """
 
-    def __init__(self, inputs: int, outputs: int, pool: Pool = "max") -> None:
+    def __init__(self, inputs: int, outputs: int, pool: Pool = "max", scaled: bool = True) -> None:
         super().__init__(inputs, outputs)
-        self.pool = pool
+        self.pool, self.scale = pool, inputs if scaled else 1
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = x.amax((2, 3)) if self.pool == "max" else x.mean((2, 3))
@@ -106,7 +108,7 @@ class Head(nn.Linear):
 
     def of_pooled(self, pooled: Tensor) -> Tensor:
         with torch.autocast(pooled.device.type, enabled=False):
-            return F.linear(pooled.to(self.weight.dtype).softmax(1), self.weight, self.bias)
+            return F.linear(pooled.to(self.weight.dtype).softmax(1) * self.scale, self.weight, self.bias)
 
 
 def hard_mask(logits: Tensor) -> Tensor:
@@ -308,6 +310,7 @@ def gate(
     r: float = 0.9,
     mode: Mode = "decoupled",
     head_pool: Pool = "max",
+    head_scaled: bool = True,
     layers: Iterable[str] | None = None,
     seed: int = 0,
 ) -> Gated:
@@ -315,8 +318,8 @@ def gate(
 
     example_input: (1, C, H, W) as the model takes it. r: share of each layer's activation that the wanted filters
     hold, in (0, 1]. mode: "decoupled" = the mask loss stops at the heads' inputs; "joint" = it reaches the backbone.
-    In both the predicted hard mask is used and the task loss never reaches the heads. head_pool: max (paper) or mean.
-    layers: Conv2d names to gate, default all that can be, projection shortcuts included (choice); the classifier is
+    In both the predicted hard mask is used and the task loss never reaches the heads. head_pool, head_scaled: those
+    of `Head`. layers: Conv2d names to gate, default all that can be, projection shortcuts included (choice); the classifier is
     not gated. A convolution that runs more than once or has one filter is left out (`notes`).
     Raises ValueError for r out of range, unknown names, a network with nothing to gate; TraceError if it cannot be
     traced. Source: paper; which layers: the authors' code.
@@ -332,7 +335,7 @@ def gate(
         torch.manual_seed(seed)
         for name in names:
             conv, norm, activation = network.get_submodule(name), *_what_follows(graph, name)
-            head = Head(conv.in_channels, conv.out_channels, head_pool).to(conv.weight.device)
+            head = Head(conv.in_channels, conv.out_channels, head_pool, head_scaled).to(conv.weight.device)
             norm_module = network.get_submodule(norm) if norm else nn.Identity()
             network.set_submodule(name, GatedConv(conv, norm_module, activation, head, mode == "decoupled"))
             if norm:
@@ -594,6 +597,29 @@ def estimate_flops(
         saved = {"reduction": 1 - honest / gated.macs_dense, "reduction_authors": 1 - authors / gated.macs_dense}
         rows.append({"r": r, "macs": honest, "macs_authors": authors, **saved})
     return pd.DataFrame(rows)
+
+
+# --- the static peer ------------------------------------------------------------------------------------------------
+
+
+def l1_filter_masks(gated: Gated, macs: float) -> dict[str, Tensor]:
+    """Static masks {layer: bool (1, C_out)}: the filters of the largest L1 norm, the same share of every layer.
+
+    The share is the largest that costs at most `macs` multiply-accumulates (honest, without heads), or one filter a
+    layer where nothing fits. Source: Li et al., arXiv 1608.08710; the same share everywhere is a choice.
+    """
+    norms = {layer: block.conv.weight.detach().abs().sum((1, 2, 3)) for layer, block in gated.blocks.items()}
+    ranks = {layer: norm.argsort(descending=True, stable=True).argsort() for layer, norm in norms.items()}
+
+    def masks(share: float) -> dict[str, Tensor]:
+        return {layer: (rank < max(1, round(share * len(rank))))[None] for layer, rank in ranks.items()}
+
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        share = (low + high) / 2
+        fits = count_macs(gated, masks(share))[0].item() - gated.macs_heads <= macs
+        low, high = (share, high) if fits else (low, share)
+    return masks(low)
 
 
 # --- training -------------------------------------------------------------------------------------------------------

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import copy
 import operator
+import statistics
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate, map_arg
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from gcnet.cost import evaluation_mode
-from gcnet.dynamic import Gated, GatedConv, hard_mask
-from gcnet.graph import trace
+from gcnet.dynamic import Gated, GatedConv
+from gcnet.graph import layer_graph, trace
 
 # Up to so many output positions a matrix product is faster than a convolution, which reorders its weights first; from
 # so many on, a convolution is faster with the channels last. Measured on a CPU with AVX-512.
@@ -58,7 +61,9 @@ class SkippingConv:
 
     def __init__(self, block: GatedConv) -> None:
         conv = block.conv
-        self.conv, self.head = conv, block.head
+        self.conv, self.pool = conv, block.head.pool
+        self.head_weight = (block.head.weight.detach() * block.head.scale).contiguous()
+        self.head_bias = block.head.bias.detach().clone()
         weight, bias = _folded(conv, block.norm)
         self.weight, self.bias = weight.to(conv.weight.dtype).contiguous(), bias.to(conv.weight.dtype)
         self.pairs = self.weight.flatten(2).flatten(0, 1)  # one row a pair of channels: its kernel
@@ -68,15 +73,21 @@ class SkippingConv:
 
     def __call__(self, x: Tensor | Some) -> Some:
         values, columns = (x.values, x.on) if isinstance(x, Some) else (x, None)
-        pooled = values.amax((2, 3)) if self.head.pool == "max" else values.mean((2, 3))
-        if columns is not None:
-            pooled = pooled.new_zeros(1, x.total).index_copy_(1, columns, pooled)
-        on = hard_mask(self.head.of_pooled(pooled))[0].nonzero().squeeze(1)
+        on = self._on(values, columns)
         if self.depthwise or self.in_full:
             out = self._by_group(x.full() if isinstance(x, Some) else x, on)
         else:
             out = self._dense(values, self._gathered(on, columns), self.bias.index_select(0, on))
         return Some(out, on, self.conv.out_channels)
+
+    def _on(self, values: Tensor, columns: Tensor | None) -> Tensor:
+        """Numbers of the filters that the head wants; the one of the largest logit where it wants none."""
+        pooled = (values.amax((2, 3)) if self.pool == "max" else values.mean((2, 3)))[0]
+        if columns is not None:
+            pooled = pooled.new_zeros(self.conv.in_channels).index_copy_(0, columns, pooled)
+        logits = torch.addmv(self.head_bias, self.head_weight, pooled.softmax(0))
+        on = (logits > 0).nonzero().squeeze(1)
+        return on if len(on) else logits.argmax()[None]
 
     def _by_group(self, x: Tensor, on: Tensor) -> Tensor:
         conv = self.conv
@@ -156,13 +167,15 @@ class DynamicInference:
         for node, action in self.steps:
             if node.op == "placeholder":
                 values[node] = node.args[0] if values and node.args else image
-                continue
-            args = map_arg(node.args, values.__getitem__)
-            if node.op == "output":
-                return map_aggregate(args[0], _whole)
-            values[node] = action(*args, **map_arg(node.kwargs, values.__getitem__))
-            if node.target is operator.iadd:  # other names of what was added to see the sum too
-                values[node.args[0]] = values[node]
+            elif node.op == "output":
+                return map_aggregate(map_arg(node.args[0], values.__getitem__), _whole)
+            elif len(node.args) == 1 and isinstance(node.args[0], fx.Node) and not node.kwargs:  # most, and the fastest
+                values[node] = action(values[node.args[0]])
+            else:
+                args = map_arg(node.args, values.__getitem__)
+                values[node] = action(*args, **map_arg(node.kwargs, values.__getitem__))
+                if node.target is operator.iadd:  # other names of what was added to see the sum too
+                    values[node.args[0]] = values[node]
         raise AssertionError("a traced graph ends with its output")
 
 
@@ -180,6 +193,8 @@ def _action(node: fx.Node, traced: fx.GraphModule, blocks: dict[str, SkippingCon
     run: Callable[..., Any] = node.target
     if node.op == "call_module":
         run = copy.deepcopy(traced.get_submodule(str(node.target))).eval()
+        if isinstance(run, nn.Identity):
+            return lambda x: x
     elif node.op == "call_method":
         name = str(node.target)
         run = lambda x, *args, **kwargs: getattr(x, name)(*args, **kwargs)  # noqa: E731
@@ -188,9 +203,60 @@ def _action(node: fx.Node, traced: fx.GraphModule, blocks: dict[str, SkippingCon
 
     def act(*args: Any, **kwargs: Any) -> Any:
         if channelwise and isinstance(args[0], Some):
-            return replace(args[0], values=run(args[0].values, *args[1:], **kwargs))
+            return Some(run(args[0].values, *args[1:], **kwargs), args[0].on, args[0].total)
         if sums and all(isinstance(arg, Some) for arg in args) and args[0].values.shape[2:] == args[1].values.shape[2:]:
             return args[0] + args[1]
         return run(*map_aggregate(args, _whole), **map_aggregate(kwargs, _whole))
 
     return act
+
+
+# --- the dense peer, and timing -------------------------------------------------------------------------------------
+
+
+def fold_batchnorm(model: nn.Module, image: Tensor) -> nn.Module:
+    """A copy in eval mode, BatchNorm folded into the convolution before it wherever it alone takes its output."""
+    network = copy.deepcopy(layer_graph(model, image).module).eval()
+    modules = dict(network.named_modules())
+    for node in network.graph.nodes:
+        norm = modules[str(node.target)] if node.op == "call_module" else None
+        if not isinstance(norm, nn.BatchNorm2d):
+            continue
+        before = node.args[0]
+        conv = modules[str(before.target)] if before.op == "call_module" and len(before.users) == 1 else None
+        if isinstance(conv, nn.Conv2d):
+            network.set_submodule(str(before.target), fuse_conv_bn_eval(conv, norm))
+            network.set_submodule(str(node.target), nn.Identity())
+    return network
+
+
+def dense_layouts(model: nn.Module, image: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
+    """A dense network for inference in the memory layouts that may be its fastest, BatchNorm folded in all of them.
+
+    They take contiguous images; bringing these into the layout is part of the call.
+    """
+    contiguous = fold_batchnorm(model, image)
+    last = copy.deepcopy(contiguous).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        frozen = torch.jit.freeze(torch.jit.trace(last, image.contiguous(memory_format=torch.channels_last)))
+    return {
+        "contiguous": contiguous,
+        "channels last": lambda x: last(x.contiguous(memory_format=torch.channels_last)),
+        "channels last, frozen": lambda x: frozen(x.contiguous(memory_format=torch.channels_last)),
+    }
+
+
+def time_ms(functions: dict[str, Callable[[Tensor], Any]], inputs: list[Tensor]) -> dict[str, float]:
+    """Median processor time (ms) of each function over the inputs, taken in turn, after a round to warm up.
+
+    The processor's time and not the clock's: what else runs on the machine disturbs it less.
+    """
+    spent: dict[str, list[float]] = {name: [] for name in functions}
+    with torch.inference_mode():
+        for number, x in enumerate([inputs[0], inputs[0], *inputs]):
+            for name, function in functions.items():
+                started = time.process_time()
+                function(x)
+                if number > 1:
+                    spent[name].append(1000 * (time.process_time() - started))
+    return {name: statistics.median(values) for name, values in spent.items()}

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from gcnet import ftwt_cells
 from gcnet.cells import (
     Cell,
     cell_folder,
@@ -110,7 +111,7 @@ def stages(study: Study) -> Iterator[tuple[str, list[Task]]]:
 
 
 # What the other systems compute: number of the notebook that shows it -> its stages.
-SYSTEMS: dict[str, Callable[[Study], Iterable[tuple[str, list[Task]]]]] = {}
+SYSTEMS: dict[str, Callable[[Study], Iterable[tuple[str, list[Task]]]]] = {"08": ftwt_cells.stages}
 
 
 def _submitted(executor: Executor, task: Task) -> Future[str]:
