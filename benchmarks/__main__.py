@@ -7,7 +7,7 @@ import json
 
 import pandas as pd
 
-from benchmarks import bench_connectivity, bench_corruptions, bench_reproduce, bench_trainer
+from benchmarks import bench_connectivity, bench_corruptions, bench_dynamic, bench_reproduce, bench_trainer
 from gcnet import paths
 from gcnet.errors import unknown
 from gcnet.store import atomic_write, provenance
@@ -16,6 +16,7 @@ BENCHMARKS = {
     "connectivity": bench_connectivity.run,
     "trainer": bench_trainer.run,
     "corruptions": bench_corruptions.run,
+    "dynamic": bench_dynamic.run,
     "reproduce": bench_reproduce.run,
 }
 

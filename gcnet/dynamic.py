@@ -319,8 +319,8 @@ def gate(
     example_input: (1, C, H, W) as the model takes it. r: share of each layer's activation that the wanted filters
     hold, in (0, 1]. mode: "decoupled" = the mask loss stops at the heads' inputs; "joint" = it reaches the backbone.
     In both the predicted hard mask is used and the task loss never reaches the heads. head_pool, head_scaled: those
-    of `Head`. layers: Conv2d names to gate, default all that can be, projection shortcuts included (choice); the classifier is
-    not gated. A convolution that runs more than once or has one filter is left out (`notes`).
+    of `Head`. layers: Conv2d names to gate, default all that can be, projection shortcuts included (choice); the
+    classifier is not gated. A convolution that runs more than once or has one filter is left out (`notes`).
     Raises ValueError for r out of range, unknown names, a network with nothing to gate; TraceError if it cannot be
     traced. Source: paper; which layers: the authors' code.
     """

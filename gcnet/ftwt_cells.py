@@ -479,16 +479,16 @@ def claims_table(study: Study, accuracies: pd.DataFrame, estimates: pd.DataFrame
     decoupled = estimates[estimates["mode"] == "decoupled"]
     error = -(decoupled.estimated - decoupled.measured).abs()
     off = decoupled.assign(value=error).pivot_table(index="seed", columns="r", values="value")
-    shifted = shifts[shifts.severity > 0]
     better = "Dynamic masks are more accurate than static filter pruning at the same multiply-accumulates."
     no_worse = "Decoupled training is no worse than joint training."
+    under_shift = _gap(shifts[shifts.severity > 0], "decoupled", STATIC, "accuracy")
     gaps = [
         ("ftwt-1", "The saving of multiply-accumulates can be estimated before training.",
          "MACs saved, minus the distance of estimate and outcome", off, ESTIMATE_MARGIN),
         ("ftwt-2", better,
          "clean accuracy, difference: decoupled - L1 filter", _gap(accuracies, "decoupled", STATIC, "accuracy"), 0.0),
         ("ftwt-2", better,
-         "accuracy under shift, difference: decoupled - L1 filter", _gap(shifted, "decoupled", STATIC, "accuracy"), 0.0),
+         "accuracy under shift, difference: decoupled - L1 filter", under_shift, 0.0),
         ("ftwt-3", no_worse,
          "clean accuracy, difference: decoupled - joint", _gap(accuracies, "decoupled", "joint", "accuracy"),
          ACCURACY_MARGIN),

@@ -32,7 +32,7 @@ def target_example(maxima: np.ndarray, r: float, k: int) -> Figure:
     right = axis.twinx()
     right.plot(place, share, color="black", marker=".", lw=1)
     right.axhline(r, color="black", ls=":", lw=0.9)
-    right.annotate(f"r = {r:g}", (0, r), va="bottom", ha="center", fontsize=8)
+    right.annotate(f"r = {r:g}", (len(maxima) / 2 - 1, r), va="bottom", ha="center", fontsize=8)
     right.set(ylim=(0, 1.08), ylabel="cumulative share")
     sns.despine(ax=right, right=False)
     axis.set_title(f"k = {k}: the blue filters are wanted")
