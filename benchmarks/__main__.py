@@ -7,7 +7,15 @@ import json
 
 import pandas as pd
 
-from benchmarks import bench_cka, bench_connectivity, bench_corruptions, bench_reproduce, bench_snacs, bench_trainer
+from benchmarks import (
+    bench_cka,
+    bench_connectivity,
+    bench_corruptions,
+    bench_dynamic,
+    bench_reproduce,
+    bench_snacs,
+    bench_trainer,
+)
 from gcnet import paths
 from gcnet.errors import unknown
 from gcnet.store import atomic_write, provenance
@@ -18,6 +26,7 @@ BENCHMARKS = {
     "trainer": bench_trainer.run,
     "corruptions": bench_corruptions.run,
     "snacs": bench_snacs.run,
+    "dynamic": bench_dynamic.run,
     "reproduce": bench_reproduce.run,
 }
 

@@ -5,6 +5,7 @@ __version__ = "0.1.0"
 from gcnet.cka import CKASparsityRegularizer, linear_cka, minibatch_cka
 from gcnet.connectivity import connectivity
 from gcnet.cost import macs
+from gcnet.dynamic import Gated, dynamic_macs, estimate_flops, gate, mask_targets, measure
 from gcnet.evaluation import evaluate
 from gcnet.ghost import build_ghost
 from gcnet.graph import layer_graph
@@ -12,12 +13,15 @@ from gcnet.hybrid import GhostPruning, ghost_prune
 from gcnet.pruning import Masks, apply_masks, prune, sparsity
 from gcnet.removal import remove_filters, silenced
 from gcnet.shifts import corrupt
+from gcnet.skipping import DynamicInference
 from gcnet.snacs import SnacsPruning, acmi, mint_gmi, operating_limits, sensitivity, snacs_prune
 from gcnet.sparse_training import magnitude_rewinding, sparse_train
 from gcnet.study import Study
 
 __all__ = [
     "CKASparsityRegularizer",
+    "DynamicInference",
+    "Gated",
     "GhostPruning",
     "Masks",
     "SnacsPruning",
@@ -27,12 +31,17 @@ __all__ = [
     "build_ghost",
     "connectivity",
     "corrupt",
+    "dynamic_macs",
+    "estimate_flops",
     "evaluate",
+    "gate",
     "ghost_prune",
     "layer_graph",
     "linear_cka",
     "macs",
     "magnitude_rewinding",
+    "mask_targets",
+    "measure",
     "minibatch_cka",
     "mint_gmi",
     "operating_limits",

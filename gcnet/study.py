@@ -100,6 +100,23 @@ class Study(BaseModel):
     cka_epsilons: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
     cka_shift_methods: tuple[str, ...] = Field(("rst",), description="methods evaluated under shift")
     cka_guided_sparsity: float = Field(0.95, ge=0, lt=1, description="GC-Net on networks trained with CKA-SR; 0 = not")
+    # FTWT
+    ftwt_r: tuple[float, ...] = Field(
+        (0.8, 0.92, 1.0), min_length=1, description="shares of a layer's activation that the wanted filters hold"
+    )
+    ftwt_joint_r: tuple[float, ...] = Field((0.92,), description="those that are trained jointly as well")
+    ftwt_head_pool: Literal["max", "mean"] = "max"
+    ftwt_head_scaled: bool = Field(True, description="softmax times its channels: the same heads, learnt faster")
+    ftwt_head_start: Literal["targets", "random"] = Field(
+        "targets", description="biases of the heads: how often a filter is wanted by the dense network, or random"
+    )
+    ftwt_epochs: int = Field(4, ge=1, description="of training with gates, from the dense network")
+    ftwt_lr: float = Field(0.02, gt=0, description="the backbone's")
+    ftwt_head_lr: float = Field(0.1, gt=0, description="the heads', constant")
+    ftwt_head_cooldown: float = Field(0.5, ge=0, le=1, description="share of the epochs, the last, with frozen heads")
+    ftwt_estimate_images: int = Field(0, ge=0, description="training images of the estimate before training; 0 = all")
+    ftwt_latency_sizes: tuple[int, ...] = Field((32, 64), description="image sizes that latency is measured at")
+    ftwt_latency_batches: tuple[int, ...] = Field((1, 16), description="batch sizes that latency is measured at")
 
     # shift evaluation
     shifts: tuple[str, ...] = Field(("all",), description="corruption names, or 'all'")
@@ -174,6 +191,14 @@ class Study(BaseModel):
                 raise ValueError(f"delta {value} is outside [0, 1]")
         return values
 
+    @field_validator("ftwt_r", "ftwt_joint_r")
+    @classmethod
+    def _r_in_range(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        for value in values:
+            if not 0 < value <= 1:
+                raise ValueError(f"r {value} is outside (0, 1]")
+        return values
+
     @field_validator("severities")
     @classmethod
     def _severities_in_range(cls, values: tuple[int, ...]) -> tuple[int, ...]:
@@ -222,6 +247,9 @@ class Study(BaseModel):
                 check("network", [name], NETWORKS)
         check("pruner", [*self.pruners, self.flops_pruner, self.ablation_pruner], PRUNERS)
         check("similarity", [*self.guidance, *self.flops_similarities], SIMILARITIES)
+        for r in self.ftwt_joint_r:
+            if r not in self.ftwt_r:
+                raise ValueError(f"ftwt_joint_r: {r} is not in ftwt_r {self.ftwt_r}, so there is nothing to compare")
         for name in chain.from_iterable(self.guidance.values()):
             if not mixing_exponent(name) and (name == "direct" or side_and_share(name)[1] == 0):
                 raise ValueError(f"unknown hybrid '{name}' of guidance: it guides no layer (direct always runs)")

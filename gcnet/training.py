@@ -160,6 +160,8 @@ def train(
     precision: str = "auto",
     checkpoint: Path | None = None,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
+    before_epoch: Callable[[int], None] | None = None,
+    optimizer: Callable[[nn.Module], torch.optim.SGD] | None = None,
 ) -> list[dict[str, float]]:
     """Train in place; one row an epoch (epoch, loss, accuracy on the augmented training images, seconds).
 
@@ -169,6 +171,8 @@ def train(
     ones on return. first_epoch: how many epochs the weights have behind them; schedule and order go on from there.
     checkpoint: written after every epoch and, if it is there, continued from: the same weights to the last bit as
     without the interruption, on the same machine, moved masks and the state of the penalty included.
+    before_epoch: called with the number (from 0) of each epoch that is run. optimizer: makes another one than plain
+    SGD; a parameter group with "constant" keeps its learning rate.
     The order and augmentation of every epoch follow from (seed, epoch) alone. Raises FloatingPointError when the
     loss is not finite, ValueError for masks or a checkpoint of another network.
     """
@@ -179,10 +183,10 @@ def train(
     if rewire is not None:
         pairs = [(parameter, mask.clone()) for parameter, mask in pairs]
     apply_held(pairs)
-    optimizer = _optimizer(model, recipe)
+    sgd = optimizer(model) if optimizer else _optimizer(model, recipe)
     history: list[dict[str, float]] = []
     if checkpoint and checkpoint.exists():
-        history = _resume(checkpoint, model, optimizer, recipe, seed, pairs if rewire else [], penalty)
+        history = _resume(checkpoint, model, sgd, recipe, seed, pairs if rewire else [], penalty)
     images, labels = data.images.to(device), data.labels.to(device)
     # The last, smaller batch of an epoch is left out (each epoch shuffles anew), unless it is the only one.
     batch_size = min(recipe.batch_size, len(data))
@@ -191,27 +195,30 @@ def train(
     model.train()
     for epoch in range(first_epoch + len(history), recipe.epochs):
         started = time.perf_counter()
+        if before_epoch:
+            before_epoch(epoch)
         torch.manual_seed((seed << 20) + epoch)  # dropout
         generator = torch.Generator().manual_seed((seed << 20) + epoch)
         order = torch.randperm(len(data), generator=generator).to(device)
         total_loss = torch.zeros((), device=device)
         correct = torch.zeros((), device=device, dtype=torch.int64)
         for k in range(per_epoch):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(recipe, epoch * per_epoch + k, steps)
+            for group in sgd.param_groups:
+                if not group.get("constant"):
+                    group["lr"] = learning_rate(recipe, epoch * per_epoch + k, steps)
             chosen = order[k * batch_size : (k + 1) * batch_size]
             x = augment(images[chosen], recipe.crop_padding, recipe.flip, generator)
             y = labels[chosen]
-            optimizer.zero_grad(set_to_none=True)
+            sgd.zero_grad(set_to_none=True)
             with autocast(device, precision):
                 logits = model(x)
             loss = F.cross_entropy(logits.float(), y, label_smoothing=recipe.label_smoothing)
             if penalty is not None:
                 loss = loss + penalty(model, x, y)
             loss.backward()
-            optimizer.step()
+            sgd.step()
             if rewire is not None:
-                rewire(pairs, optimizer, epoch * per_epoch + k, steps)
+                rewire(pairs, sgd, epoch * per_epoch + k, steps)
             apply_held(pairs)
             total_loss += loss.detach()
             correct += (logits.detach().argmax(1) == y).sum()
@@ -229,7 +236,7 @@ def train(
         if on_epoch:
             on_epoch(row)
         if checkpoint:
-            _save(checkpoint, model, optimizer, recipe, seed, history, pairs if rewire else [], penalty)
+            _save(checkpoint, model, sgd, recipe, seed, history, pairs if rewire else [], penalty)
     if rewire is not None and masks:
         for name, (_, mask) in zip(masks, pairs, strict=True):
             masks[name] = mask.to(masks[name].device)
