@@ -120,6 +120,7 @@ def layer_graph(
         return _told(model, example_input, parents)
     with evaluation_mode(model), torch.no_grad():
         traced = trace(model, leaf_modules=leaf_modules, tracer=tracer)
+        _put_back(traced, model)
         run = _Provenance(traced, tuple(example_input.shape), residual == "nearest", gates)
         if not run.names:
             raise ValueError(f"{type(model).__name__} calls no Conv2d or Linear layer, so there is no layer graph")
@@ -901,6 +902,15 @@ def _channels(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, nn.Conv2d):
         return layer.in_channels, layer.out_channels
     return layer.in_features, layer.out_features
+
+
+def _put_back(traced: fx.GraphModule, model: nn.Module) -> None:
+    """Where only a layer's weight is used, fx keeps an empty module that holds it: put the layer itself there."""
+    for node in traced.graph.nodes:
+        path, _, name = str(node.target).removesuffix(".weight").rpartition(".")
+        full = f"{path}.{name}".lstrip(".")
+        if node.op == "get_attr" and str(node.target).endswith(".weight") and _is_layer(model.get_submodule(full)):
+            setattr(traced.get_submodule(path), name, model.get_submodule(full))
 
 
 def _with_hidden(module: fx.GraphModule, name_of: dict[int, str]) -> list[str]:

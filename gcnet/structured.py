@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gcnet import cost
@@ -192,15 +192,22 @@ def _groups(
     """(torch-pruning's graph, groups of filters that may go, {layer: why its filters stay})."""
     tp = torch_pruning()
     name_of = {module: name for name, module in scratch.named_modules()}
-    frozen = dict.fromkeys(graph.outputs, "it is the network's output")
-    frozen |= {name: "its filters are counted nowhere else" for name in _unused(graph) if name not in frozen}
+    frozen = dict.fromkeys(graph.outputs or _unused(graph), "it is the network's output")
     frozen |= dict.fromkeys(graph.shared, "it is called more than once")
     for name in freeze:
         if name not in graph.layers:
             raise unknown("layer", name, graph.layers)
         frozen[name] = "asked for"
-    with torch.enable_grad():
-        dependencies = tp.DependencyGraph().build_dependency(scratch, example_inputs=example, verbose=False)
+    _check_followed(graph)
+    try:
+        with torch.enable_grad():
+            dependencies = tp.DependencyGraph().build_dependency(scratch, example_inputs=example, verbose=False)
+    except Exception as error:  # whatever it raises where it meets an operation in a form it does not know
+        name = type(scratch).__name__
+        raise ValueError(
+            f"torch-pruning cannot follow {name} ({type(error).__name__}: {error}), so its filters cannot be removed; "
+            "masks (gcnet.ghost_prune) still work"
+        ) from error
     found = []
     for group in dependencies.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear]):
         root = name_of[group[0].dep.target.module]
@@ -215,8 +222,24 @@ def _groups(
     return dependencies, found, frozen
 
 
+def _check_followed(graph: LayerGraph) -> None:
+    """Raise ValueError for attention written as a function: following it takes torch-pruning forever."""
+    hidden = [layer for layer in graph.layers if layer not in graph.nodes]
+    module = graph.module
+    functional = [
+        str(node.target).removesuffix(".weight")
+        for node in (module.graph.nodes if isinstance(module, fx.GraphModule) else ())
+        if node.op == "get_attr" and str(node.target).removesuffix(".weight") in hidden
+    ]
+    if functional:
+        raise ValueError(
+            f"filters cannot be followed through the function that uses the weights of {functional[0]} and "
+            f"{len(functional) - 1} more without calling them; masks (gcnet.ghost_prune) still work"
+        )
+
+
 def _unused(graph: LayerGraph) -> list[str]:
-    """Layers that nothing follows, as far as the graph can see: removing their filters could change the output."""
+    """Layers that nothing follows, as far as the graph can see: the outputs of a network that it could not follow."""
     fed = {parent for parents in graph.parents.values() for parent in parents}
     return [layer for layer in graph.layers if layer not in fed]
 

@@ -76,6 +76,20 @@ class Study(BaseModel):
     severity_table: Literal["cifar-c", "imagenet-c"] = "cifar-c"
     shift_images: int = Field(200, ge=0, description="test images that are corrupted, class-balanced; 0 = all")
 
+    # structured pruning
+    structured_macs: tuple[float, ...] = Field((0.7, 0.5), description="shares of the dense network's MACs left")
+    structured_methods: tuple[str, ...] = Field(
+        ("direct", "B25", "Full", "tp_magnitude", "tp_taylor"),
+        description="how filters are scored: hybrids of the ghost with mean |weight|, or torch-pruning's importances",
+    )
+    structured_similarity: str = "pearson"
+    structured_ranking: Literal["layer", "global"] = "layer"
+    structured_round_to: int = Field(1, ge=1, description="filters are kept in multiples of this")
+    structured_finetune_epochs: int = Field(3, ge=0)
+    structured_finetune_lr: float = Field(0.02, gt=0)
+    structured_latency_batches: tuple[int, ...] = (1, 64)
+    structured_latency_variants: tuple[str, ...] = ("float32", "channels_last", "bfloat16")
+
     # machine
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -120,10 +134,26 @@ class Study(BaseModel):
                 raise ValueError(f"severity {value} is outside 1..5 (0, the clean set, is always evaluated)")
         return values
 
+    @field_validator("structured_macs")
+    @classmethod
+    def _shares_of_macs_in_range(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        for value in values:
+            if not 0 < value < 1:
+                raise ValueError(f"share of MACs {value} is outside (0, 1)")
+        return values
+
+    @field_validator("structured_latency_batches")
+    @classmethod
+    def _batches_hold_an_image(cls, values: tuple[int, ...]) -> tuple[int, ...]:
+        if min(values, default=1) < 1:
+            raise ValueError(f"batch sizes {values} must be at least 1")
+        return values
+
     @model_validator(mode="after")
     def _names_are_known(self) -> Study:
         # Imported here: study.py stands above every registry it checks against.
         from gcnet.connectivity import SIMILARITIES
+        from gcnet.cost import VARIANTS
         from gcnet.data import DATASETS
         from gcnet.hybrid import side_and_share
         from gcnet.networks import NETWORKS
@@ -140,10 +170,14 @@ class Study(BaseModel):
         if not self.network.startswith("torchvision:"):
             check("network", [self.network], NETWORKS)
         check("pruner", [*self.pruners, self.flops_pruner], PRUNERS)
-        check("similarity", [*self.guidance, *self.flops_similarities], SIMILARITIES)
+        check("similarity", [*self.guidance, *self.flops_similarities, self.structured_similarity], SIMILARITIES)
         for name in chain.from_iterable(self.guidance.values()):
             if name == "direct" or side_and_share(name)[1] == 0:
                 raise ValueError(f"unknown hybrid '{name}' of guidance: it guides no layer (direct always runs)")
+        for name in self.structured_methods:
+            if name not in ("tp_magnitude", "tp_taylor", "tp_random"):
+                side_and_share(name)
+        check("variant", self.structured_latency_variants, VARIANTS)
         check("shift", self.shifts, [*CORRUPTIONS, "all"])
         check("natural shift", self.natural_shifts, NATURAL_SHIFTS)
         return self

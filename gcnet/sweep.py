@@ -24,6 +24,7 @@ from gcnet.cells import (
     flops_rows,
     shift_rows,
 )
+from gcnet.structured_cells import stages as structured_stages
 from gcnet.study import Study
 
 log = logging.getLogger("gcnet")
@@ -110,7 +111,9 @@ def stages(study: Study) -> Iterator[tuple[str, list[Task]]]:
 
 
 # What the other systems compute: number of the notebook that shows it -> its stages.
-SYSTEMS: dict[str, Callable[[Study], Iterable[tuple[str, list[Task]]]]] = {}
+SYSTEMS: dict[str, Callable[[Study], Iterable[tuple[str, list[Task]]]]] = {
+    "10": structured_stages,
+}
 
 
 def _submitted(executor: Executor, task: Task) -> Future[str]:

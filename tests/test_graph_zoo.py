@@ -30,8 +30,8 @@ QUICK = {"alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlene
 SMALLEST = {"alexnet": 63, "inception_v3": 75, "maxvit_t": 64, "vit_h_14": 28}
 
 
-def cases(names: list[str]) -> list:
-    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
+def cases(names: list[str], heavy: tuple[str, ...] = ()) -> list:
+    return [name if name in QUICK and name not in heavy else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def network(name: str) -> tuple[nn.Module, Tensor]:
@@ -86,7 +86,7 @@ def test_transformers_name_only_real_connections_and_list_the_rest(name: str) ->
     assert wrong_columns(model, images[:1], replace(graph, layers=tuple(graph.nodes)), per_layer=1, exact=False) == []
 
 
-@pytest.mark.parametrize("name", cases(EVERY))
+@pytest.mark.parametrize("name", cases(EVERY, heavy=("alexnet", "vgg11_bn", "resnet50", "swin_t", "convnext_tiny")))
 def test_ghost_pruning_and_macs(name: str) -> None:
     model, images = network(name)
     if sum(parameter.numel() for parameter in model.parameters()) > 2e8:
