@@ -97,7 +97,9 @@ def latency(
         if variant not in VARIANTS:
             raise unknown("variant", variant, VARIANTS)
     if min(batch_sizes, default=1) < 1 or repeats < 1 or warm_up < 0 or (threads is not None and threads < 1):
-        raise ValueError(f"batch sizes {tuple(batch_sizes)}, repeats {repeats} and threads {threads} must be at least 1")
+        raise ValueError(
+            f"batch sizes {tuple(batch_sizes)}, repeats {repeats} and threads {threads} must be at least 1"
+        )
     for network in named.values():
         check_example(network, example_input)
     before = torch.get_num_threads()
@@ -131,7 +133,9 @@ def _timed(
                     network(images)
                 except (RuntimeError, AssertionError, IndexError) as error:
                     shape = tuple(images.shape)
-                    raise ValueError(f"the network cannot take images of shape {shape} as {variant}: {error}") from error
+                    raise ValueError(
+                        f"the network cannot take images of shape {shape} as {variant}: {error}"
+                    ) from error
         spent: dict[str, list[float]] = {name: [] for name in ready}
         for _ in range(repeats):
             for name, network in ready.items():

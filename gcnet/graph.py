@@ -139,8 +139,8 @@ def trace(
     """Trace a network with torch.fx; the result shares the submodules and parameters of the model.
 
     leaf_modules: module types or names (paths) not to trace into. tracer: your own instead of ours; it must keep
-    every Conv2d and Linear whole, and decides by itself what else is a leaf. What depends on the training mode is fixed by the
-    trace. Raises TraceError, which names the line of the user's source, and ValueError for a leaf name that the
+    every Conv2d and Linear whole, and decides by itself what else is a leaf. What depends on the training mode is
+    fixed by the trace. Raises TraceError, which names the line of the user's source, and ValueError for a leaf name that the
     model does not have.
     """
     leaves = tuple(leaf_modules)
@@ -817,7 +817,8 @@ def _told(model: nn.Module, example_input: Tensor, parents: Mapping[str, Sequenc
         if name not in layers:
             raise unknown("layer in parents", name, layers)
     channels = {name: _channels(model.get_submodule(name)) for name in layers}
-    sources, via = {name: () for name in layers}, {}
+    sources: dict[str, tuple[Source, ...]] = dict.fromkeys(layers, ())
+    via: dict[tuple[str, str], tuple[str, ...]] = {}
     for name, given in parents.items():
         layer, indices = model.get_submodule(name), _laid_out(name, channels, model, tuple(given))
         rows = {layers.index(parent): index.unsqueeze(0) for parent, index in indices.items()}
@@ -852,9 +853,7 @@ def _seen(model: nn.Module, example_input: Tensor) -> tuple[dict[str, int], dict
         calls[name] = calls.get(name, 0) + 1
 
     handles = [
-        module.register_forward_hook(
-            lambda layer, _, out, name=name: note(name, _channels(layer)[1], out)
-        )
+        module.register_forward_hook(lambda layer, _, out, name=name: note(name, _channels(layer)[1], out))
         for name, module in model.named_modules()
         if _is_layer(module)
     ]

@@ -142,7 +142,8 @@ def ghost_prune(
     model: any traceable network of Conv2d and Linear layers; it is not changed (apply the masks with `apply_masks`,
     then fine-tune holding them). batches: (images, labels) as the model takes them. connectivity: matrices measured
     before, to skip that pass. graph: a layer graph made before, the way out for a network that cannot be traced
-    (`layer_graph(..., leaf_modules=...)` or `parents=...`). The other parameters are those of `connectivity`, `prune` and `split`.
+    (`layer_graph(..., leaf_modules=...)` or `parents=...`). The other parameters are those of `connectivity`,
+    `prune` and `split`.
     Raises ValueError for unknown names, a sparsity outside [0, 1), fewer than 2 images, a model that cannot be traced,
     weights that torch's own pruning holds.
     """

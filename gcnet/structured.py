@@ -53,9 +53,7 @@ def _column_means(matrix: Tensor, layer: nn.Module) -> Tensor:
     return matrix.abs().view(groups, -1, matrix.shape[1]).mean(1).flatten()
 
 
-def ghost_filter_scores(
-    model: nn.Module, graph: LayerGraph, connectivity: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def ghost_filter_scores(model: nn.Module, graph: LayerGraph, connectivity: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """{layer: (C_out,)}: mean |connectivity| over a filter's row and over its columns in the layers it feeds.
 
     The mean of the two; of the one there is for the first layers (no row) and the last (no column). Any matrices of
@@ -95,7 +93,7 @@ def filter_scores(
 ) -> tuple[dict[str, Tensor], dict[str, Role]]:
     """({layer: (C_out,) scores of mean 1}, role of each layer): guided layers by the ghost, the others by |weight|.
 
-    Raises ValueError when a guided layer has no connectivity. Source: GC-Net's hybrids carried over to filters (choice).
+    Raises ValueError when a guided layer has no connectivity. Source: GC-Net's hybrids, for filters (choice).
     """
     plan = split(graph, hybrid)
     ghost = ghost_filter_scores(model, graph, connectivity or {})
@@ -106,7 +104,9 @@ def filter_scores(
     scores = {layer: ghost[layer] if role == "guided" else direct[layer] for layer, role in plan.items()}
     for name, score in scores.items():
         if not bool(torch.isfinite(score).all()):
-            raise FloatingPointError(f"'{weight_name(name)}': weights or filter scores are not finite (NaN or infinity)")
+            raise FloatingPointError(
+                f"'{weight_name(name)}': weights or filter scores are not finite (NaN or infinity)"
+            )
     return {layer: score / score.mean() if score.mean() > 0 else score for layer, score in scores.items()}, plan
 
 
@@ -212,7 +212,9 @@ def _groups(
     for group in dependencies.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear]):
         root = name_of[group[0].dep.target.module]
         layers = [name_of[item.dep.target.module] for item in group if _is_out(item.dep)]
-        why = next((frozen[layer] for layer in [*layers, *_shared_inputs(group, name_of, graph)] if layer in frozen), "")
+        why = next(
+            (frozen[layer] for layer in [*layers, *_shared_inputs(group, name_of, graph)] if layer in frozen), ""
+        )
         members, ways, odd = _members(group, name_of)
         why = why or odd or _reaches_through(scratch, example, members)
         if why:
@@ -311,7 +313,7 @@ def _reaches_through(model: nn.Module, example: Tensor, members: Sequence[_Membe
 
 
 def _kept_count(units: int, ways: int, removed: float, round_to: int) -> int:
-    """Units (filters, or as many as a grouped convolution has groups) kept of a group, a multiple of round_to filters."""
+    """Units (a filter, or one of each group of a grouped convolution) that are kept, a multiple of round_to filters."""
     step = max(1, round_to // ways)
     if units <= step:
         return units if removed < 1 else 1
@@ -373,18 +375,31 @@ def _macs_left(model: nn.Module, dense: Mapping[str, int], sides: Mapping[str, d
     return left
 
 
-def _smallest_cut(left: Callable[[float], float], target: float) -> float:
-    """The smallest share of filters to remove that brings the MACs down to the target, by bisection."""
+def _cut_to(
+    choose: Callable[[float], list[Tensor]], left: Callable[[list[Tensor]], float], target: float
+) -> list[Tensor]:
+    """What to keep of every group so that at most the target share of MACs is left, and hardly less.
+
+    The share of filters removed is bisected; where rounding then lets many groups drop at once, groups get their last
+    step back, the latest first, as long as the target allows it.
+    """
     low, high = 0.0, 1.0
-    if left(high) > target:
+    if left(choose(low)) <= target:
+        return choose(low)
+    if left(choose(high)) > target:
         raise ValueError(
-            f"macs={target:.3g} of the dense network's cannot be reached: with one filter a group {left(high):.3g} is "
-            "left (some filters must stay, see report['frozen'])"
+            f"macs={target:.3g} of the dense network's cannot be reached: with one filter a group "
+            f"{left(choose(high)):.3g} is left (some filters must stay, see report['frozen'])"
         )
     for _ in range(24):
         middle = (low + high) / 2
-        low, high = (low, middle) if left(middle) <= target else (middle, high)
-    return high
+        low, high = (low, middle) if left(choose(middle)) <= target else (middle, high)
+    kept, fuller = choose(high), choose(low)
+    for number in reversed(range(len(kept))):
+        if int(fuller[number].sum()) > int(kept[number].sum()):
+            trial = [*kept[:number], fuller[number], *kept[number + 1 :]]
+            kept = trial if left(trial) <= target else kept
+    return kept
 
 
 # --- masks, removal, files ------------------------------------------------------------------------------------------
@@ -596,11 +611,11 @@ def structured_prune(
     dense = cost.layer_macs(scratch, example)
     total = sum(dense.values())
 
-    def left(removed: float) -> float:
-        kept = _choose(groups, unit_scores, removed, ranking, round_to)
-        return _macs_left(scratch, dense, _kept_channels(scratch, groups, kept)) / total
-
-    kept = _choose(groups, unit_scores, _smallest_cut(left, macs) if macs < 1 else 0.0, ranking, round_to)
+    kept = _cut_to(
+        lambda removed: _choose(groups, unit_scores, removed, ranking, round_to),
+        lambda kept: _macs_left(scratch, dense, _kept_channels(scratch, groups, kept)) / total,
+        macs,
+    )
     sides = _kept_channels(scratch, groups, kept)
     channels = {
         name: {side: mask.nonzero().flatten().tolist() for side, mask in of_module.items()}
@@ -667,7 +682,9 @@ def _remove(dependencies: Any, groups: list[_Group], kept: list[Tensor], channel
         have = {side: len(mask) for side, mask in _full(module).items()}
         planned = {side: len(kept) for side, kept in sides.items()}
         if have != planned:
-            raise ValueError(f"torch-pruning cut '{name}' to {have}, planned was {planned}: freeze=('{name}',) leaves it")
+            raise ValueError(
+                f"torch-pruning cut '{name}' to {have}, planned was {planned}: freeze=('{name}',) leaves it"
+            )
 
 
 @torch.no_grad()
@@ -675,7 +692,9 @@ def _check_same(network: nn.Module, example: Tensor, expected: list[Tensor]) -> 
     try:
         found = _tensors(network(_noise(example)))
     except Exception as error:
-        raise ValueError(f"the smaller network does not run: {error}; freeze=(layers,) leaves layers as they are") from error
+        raise ValueError(
+            f"the smaller network does not run: {error}; freeze=(layers,) leaves layers as they are"
+        ) from error
     for ours, theirs in zip(found, expected, strict=True):
         gap = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1))
         if not gap <= 1e-4:

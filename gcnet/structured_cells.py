@@ -1,4 +1,4 @@
-"""The expensive things of structured pruning, each computed once: smaller networks, their shift scores, their latency."""
+"""The expensive things of structured pruning, each computed once: smaller networks, shift scores, latency."""
 
 from __future__ import annotations
 
@@ -134,6 +134,11 @@ def structured_folder(study: Study, cell: StructuredCell) -> Path:
     return Store().once("structured", _inputs(study, cell), compute)
 
 
+def cell_result(study: Study, cell: StructuredCell) -> dict[str, Any]:
+    """The facts of a smaller network: macs_dense, macs_left, parameters, accuracy before and after, layers, frozen."""
+    return read_json(structured_folder(study, cell) / "cell.json")
+
+
 def structured_network(study: Study, cell: StructuredCell) -> nn.Sequential:
     """The fine-tuned smaller network of a cell behind its normalisation, in eval mode on the study's device."""
     if cell.is_dense:
@@ -229,7 +234,7 @@ def accuracy_table(study: Study) -> pd.DataFrame:
             row |= {"macs": cost.macs(network, example), "parameters": cost.parameters(network)}
             row["accuracy_before"] = row["accuracy"] = shifts[shifts.severity == 0].accuracy.iloc[0]
         else:
-            result = read_json(structured_folder(study, cell) / "cell.json")
+            result = cell_result(study, cell)
             row |= {"macs": result["macs_left"], "parameters": result["parameters"]}
             row |= {name: result[name] for name in ("accuracy_before", "accuracy")}
         row["shifted"] = shifts[shifts.severity > 0].accuracy.mean()

@@ -35,7 +35,13 @@ def widths(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     for role, color in (("direct", DIRECT_COLOR), ("guided", GUIDED_COLOR)):
         kept = [row["kept"] if row["role"] == role else 0 for row in rows]
         if any(kept):
-            axis.bar(place, kept, color=color, width=0.55, label=f"kept, scored {'by the ghost' if role == 'guided' else 'directly'}")
+            axis.bar(
+                place,
+                kept,
+                color=color,
+                width=0.55,
+                label=f"kept, scored {'by the ghost' if role == 'guided' else 'directly'}",
+            )
     axis.set(xlabel="layer, in order of execution", ylabel="filters", title=title)
     axis.set_xticks(place[:: max(1, len(rows) // 20)], [str(k + 1) for k in place[:: max(1, len(rows) // 20)]])
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
@@ -47,7 +53,7 @@ def accuracy_by_macs(table: pd.DataFrame) -> Figure:
     figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.4))
     methods = [m for m in dict.fromkeys(table.method) if m != "none"]
     shares = sorted(table[table.method != "none"].macs_share.unique())
-    gap = min(np.diff(shares), default=0.2) / (len(methods) + 2)
+    gap = min([0.15, *np.diff(shares)]) / (len(methods) + 2)
     for axis, value, title in ((axes[0], "accuracy", "clean"), (axes[1], "shifted", "under shift")):
         axis.axhline(100 * table[table.method == "none"][value].mean(), color="black", lw=1, ls=":", label="dense")
         for number, method in enumerate(methods):
@@ -56,15 +62,16 @@ def accuracy_by_macs(table: pd.DataFrame) -> Figure:
             axis.plot(mean.index + at, mean, lw=1, ms=7, label=method_name(method), **_look(method))
             axis.scatter(part.macs_share + at, 100 * part[value], s=8, color=_look(method)["color"], alpha=0.6)
         axis.set(title=title, xlabel="share of the dense network's MACs")
-        axis.xaxis.set_major_formatter(PercentFormatter(1.0))
+        axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axis.set_xticks(shares)
+        axis.set_xlim(min(shares) - 0.12, max(shares) + 0.12)
     axes[0].set_ylabel("accuracy, %")
     axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
 def latency_ratios(rows: pd.DataFrame) -> Figure:
-    """Measured latency over the dense network's, against the MAC ratio: on the diagonal every MAC saved is time saved."""
+    """Measured latency over the dense network's against the MAC ratio: on the diagonal, MACs saved are time saved."""
     sizes = list(dict.fromkeys(rows.batch_size))
     figure, axes = plt.subplots(1, len(sizes), figsize=(3.4 * len(sizes) + 1.5, 3.3), squeeze=False, sharey=True)
     smaller = rows[rows.network != "dense"]

@@ -84,7 +84,7 @@ class Study(BaseModel):
     )
     structured_similarity: str = "pearson"
     structured_ranking: Literal["layer", "global"] = "layer"
-    structured_round_to: int = Field(1, ge=1, description="filters are kept in multiples of this")
+    structured_round_to: int = Field(8, ge=1, description="filters are kept in multiples of this")
     structured_finetune_epochs: int = Field(3, ge=0)
     structured_finetune_lr: float = Field(0.02, gt=0)
     structured_latency_batches: tuple[int, ...] = (1, 64)

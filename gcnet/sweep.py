@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from gcnet import structured_cells
 from gcnet.cells import (
     Cell,
     cell_folder,
@@ -24,7 +25,6 @@ from gcnet.cells import (
     flops_rows,
     shift_rows,
 )
-from gcnet.structured_cells import stages as structured_stages
 from gcnet.study import Study
 
 log = logging.getLogger("gcnet")
@@ -111,9 +111,7 @@ def stages(study: Study) -> Iterator[tuple[str, list[Task]]]:
 
 
 # What the other systems compute: number of the notebook that shows it -> its stages.
-SYSTEMS: dict[str, Callable[[Study], Iterable[tuple[str, list[Task]]]]] = {
-    "10": structured_stages,
-}
+SYSTEMS: dict[str, Callable[[Study], Iterable[tuple[str, list[Task]]]]] = {"10": structured_cells.stages}
 
 
 def _submitted(executor: Executor, task: Task) -> Future[str]:

@@ -45,7 +45,9 @@ class Frozen(nn.Module):
         return out
 
 
-def wrong_columns(model: nn.Module, x: Tensor, graph: LayerGraph, per_layer: int = 10**9, exact: bool = True) -> list[str]:
+def wrong_columns(
+    model: nn.Module, x: Tensor, graph: LayerGraph, per_layer: int = 10**9, exact: bool = True
+) -> list[str]:
     """Every (parent channel, layer) whose changed input columns are not those the graph names; at most some channels.
 
     exact=False: only columns that the graph names and that do not change (attention moves more than any graph names).

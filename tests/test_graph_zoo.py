@@ -31,7 +31,9 @@ SMALLEST = {"alexnet": 63, "inception_v3": 75, "maxvit_t": 64, "vit_h_14": 28}
 
 
 def cases(names: list[str], heavy: tuple[str, ...] = ()) -> list:
-    return [name if name in QUICK and name not in heavy else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    return [
+        name if name in QUICK and name not in heavy else pytest.param(name, marks=pytest.mark.slow) for name in names
+    ]
 
 
 def network(name: str) -> tuple[nn.Module, Tensor]:
