@@ -7,7 +7,14 @@ import json
 
 import pandas as pd
 
-from benchmarks import bench_connectivity, bench_corruptions, bench_reproduce, bench_trainer
+from benchmarks import (
+    bench_connectivity,
+    bench_corruptions,
+    bench_reproduce,
+    bench_structured,
+    bench_trainer,
+    bench_zoo,
+)
 from gcnet import paths
 from gcnet.errors import unknown
 from gcnet.store import atomic_write, provenance
@@ -16,6 +23,8 @@ BENCHMARKS = {
     "connectivity": bench_connectivity.run,
     "trainer": bench_trainer.run,
     "corruptions": bench_corruptions.run,
+    "structured": bench_structured.run,
+    "zoo": bench_zoo.run,
     "reproduce": bench_reproduce.run,
 }
 

@@ -140,8 +140,8 @@ def trace(
 
     leaf_modules: module types or names (paths) not to trace into. tracer: your own instead of ours; it must keep
     every Conv2d and Linear whole, and decides by itself what else is a leaf. What depends on the training mode is
-    fixed by the trace. Raises TraceError, which names the line of the user's source, and ValueError for a leaf name that the
-    model does not have.
+    fixed by the trace. Raises TraceError, which names the line of the user's source, and ValueError for a leaf name
+    that the model does not have.
     """
     leaves = tuple(leaf_modules)
     names = [name for name, _ in model.named_modules()]

@@ -216,7 +216,7 @@ def _groups(
             (frozen[layer] for layer in [*layers, *_shared_inputs(group, name_of, graph)] if layer in frozen), ""
         )
         members, ways, odd = _members(group, name_of)
-        why = why or odd or _reaches_through(scratch, example, members)
+        why = why or odd or _misled(members, graph) or _reaches_through(scratch, example, members)
         if why:
             frozen |= {layer: why for layer in layers if layer not in frozen}
         else:
@@ -274,6 +274,21 @@ def _members(group: Any, name_of: Mapping[nn.Module, str]) -> tuple[tuple[_Membe
         members.append(_Member(name_of[module], side, torch.tensor(item.idxs), torch.tensor(item.root_idxs)))
     size = len(group[0].idxs)
     return tuple(members), ways, "" if size % ways == 0 else f"its {size} filters do not divide by {ways} groups"
+
+
+def _misled(members: Sequence[_Member], graph: LayerGraph) -> str:
+    """Where torch-pruning maps filters to other input channels than the (proved) layer graph does; "" if nowhere."""
+    pairs = {m.layer: zip(m.channels.tolist(), m.roots.tolist(), strict=True) for m in members if m.side == "in"}
+    of_input = {layer: set(found) for layer, found in pairs.items()}
+    for parent in (member for member in members if member.side == "out"):
+        root_of = dict(zip(parent.channels.tolist(), parent.roots.tolist(), strict=True))
+        for layer, found in of_input.items():
+            for source in graph.sources.get(layer, ()):
+                if source.parent == parent.layer:
+                    told = {(k, root_of[c]) for k, c in enumerate(source.index.tolist()) if c in root_of}
+                    if not told <= found:
+                        return f"torch-pruning misses some of the input channels of '{layer}' that it feeds"
+    return ""
 
 
 @torch.no_grad()

@@ -43,8 +43,8 @@ def two_four_masks(model: nn.Module, scores: Mapping[str, Tensor]) -> Masks:
             raise ValueError(f"scores {tuple(score.shape)} of '{layer}' do not fit its weight {tuple(weight.shape)}")
         # By |weight| first, then stably by score: ties of the score keep the order of |weight|.
         fours = score.reshape(-1, 4)
-        order = weight.abs().reshape(-1, 4).argsort(1, descending=True, stable=True)
-        order = order.gather(1, fours.gather(1, order).argsort(1, descending=True, stable=True))
+        order = weight.abs().reshape(-1, 4).argsort(dim=1, descending=True, stable=True)
+        order = order.gather(1, fours.gather(1, order).argsort(dim=1, descending=True, stable=True))
         mask = torch.zeros_like(fours, dtype=torch.bool).scatter_(1, order[:, :2], True)
         masks[weight_name(layer)] = mask.view(weight.shape)
     return masks

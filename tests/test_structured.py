@@ -226,7 +226,7 @@ def test_saved_and_loaded_without_torch_pruning(tmp_path: Path, monkeypatch: pyt
 
 def test_files_of_another_network_or_damaged(tmp_path: Path) -> None:
     structured_prune(joined(), batches(8), macs=0.5).save(tmp_path)
-    with pytest.raises(ValueError, match="unknown module 'stem"):
+    with pytest.raises(ValueError, match="unknown module 'a'"):
         load_structured(chain(), tmp_path)
     (tmp_path / "channels.json").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match="no saved smaller network, or a damaged one"):
@@ -281,7 +281,7 @@ def test_to_torch_and_back(there, back) -> None:
         gcnet.ghost_prune(model, batches(8))
     with pytest.raises(ValueError, match="held by torch"):
         structured_prune(model, batches(8))
-    with pytest.raises(ValueError, match="'stem.0'.*held by torch"):
+    with pytest.raises(ValueError, match=r"'stem\.0'.*held by torch"):
         there(model, masks)
     back(model, remove=True)
     assert sorted(model.state_dict()) == sorted(keys)
@@ -375,7 +375,7 @@ def test_half_precision_training_mode_and_frozen_parameters_are_kept() -> None:
 
 
 def test_a_model_on_another_device_is_named() -> None:
-    with pytest.raises(ValueError, match=r"cannot take example_input.*at 'stem.0'"):
+    with pytest.raises(ValueError, match=r"cannot take example_input.*device meta"):
         layer_graph(joined().to("meta"), images(8))
 
 
@@ -428,7 +428,7 @@ def test_given_parents_measure_what_traced_ones_do() -> None:
     told = layer_graph(model, images()[:1], parents=traced.parents)
     a, b = (connectivity(model, batches(), graph=graph) for graph in (traced, told))
     assert all(torch.allclose(a[layer], b[layer]) for layer in a)
-    with pytest.raises(ValueError, match="tap 'relu'.*parents of this one were given"):
+    with pytest.raises(ValueError, match=r"tap 'relu'.*parents of this one were given"):
         connectivity(model, batches(), graph=told, tap="relu")
 
 
@@ -519,7 +519,7 @@ def test_a_study_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_study_parameters_are_checked() -> None:
-    with pytest.raises(ValueError, match="share of MACs 1.0 is outside"):
+    with pytest.raises(ValueError, match=r"share of MACs 1\.0 is outside"):
         Study.create(structured_macs=[1.0])
     with pytest.raises(ValueError, match="unknown hybrid 'tp_hessian'"):
         Study.create(structured_methods=["tp_hessian"])
