@@ -331,7 +331,7 @@ def _kept_count(units: int, ways: int, removed: float, round_to: int) -> int:
     """Units (a filter, or one of each group of a grouped convolution) that are kept, a multiple of round_to filters."""
     step = max(1, round_to // ways)
     if units <= step:
-        return units if removed < 1 else 1
+        return units
     return min(units, max(step, round(units * (1 - removed) / step) * step))
 
 
@@ -403,8 +403,8 @@ def _cut_to(
         return choose(low)
     if left(choose(high)) > target:
         raise ValueError(
-            f"macs={target:.3g} of the dense network's cannot be reached: with one filter a group "
-            f"{left(choose(high)):.3g} is left (some filters must stay, see report['frozen'])"
+            f"macs={target:.3g} of the dense network's cannot be reached, the least is {left(choose(high)):.3g}: filters "
+            "stay at the output and where they cannot be removed, and groups no wider than round_to stay whole"
         )
     for _ in range(24):
         middle = (low + high) / 2

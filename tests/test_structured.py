@@ -307,7 +307,8 @@ def test_masks_of_another_network_are_refused() -> None:
         ({"round_to": 0}, "round_to 0 is below 1"),
         ({"hybrid": "B250"}, "unknown hybrid 'B250'"),
         ({"freeze": ("pointt",)}, "unknown layer 'pointt'; did you mean 'point'"),
-        ({"macs": 1e-4}, "cannot be reached: with one filter a group"),
+        ({"macs": 0.9, "round_to": 256}, "groups no wider than round_to stay whole"),
+        ({"macs": 1e-4}, "cannot be reached, the least is"),
     ],
 )
 def test_bad_arguments(options: dict, told: str) -> None:
