@@ -14,7 +14,9 @@ from benchmarks import (
     bench_dynamic,
     bench_reproduce,
     bench_snacs,
+    bench_structured,
     bench_trainer,
+    bench_zoo,
 )
 from gcnet import paths
 from gcnet.errors import unknown
@@ -27,6 +29,8 @@ BENCHMARKS = {
     "corruptions": bench_corruptions.run,
     "snacs": bench_snacs.run,
     "dynamic": bench_dynamic.run,
+    "structured": bench_structured.run,
+    "zoo": bench_zoo.run,
     "reproduce": bench_reproduce.run,
 }
 

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.hooks import RemovableHandle
 
 from gcnet.cost import evaluation_mode
 from gcnet.graph import LayerGraph
@@ -75,6 +76,46 @@ def tapped_module(graph: LayerGraph, taps: Iterable[Tap]) -> tuple[fx.GraphModul
     return fx.GraphModule(targets, copied), recorder.values
 
 
+class _Hooked(nn.Module):
+    """A network that could not be traced, with hooks on the tapped layers while it runs: conv and input only."""
+
+    def __init__(self, model: nn.Module, taps: Iterable[Tap]) -> None:
+        super().__init__()
+        self.model, self.taps, self.record = model, sorted(set(taps)), _Recorder()
+        for layer, where in self.taps:
+            if where == "relu":
+                raise ValueError(
+                    f"tap 'relu' of layer '{layer}' needs a traced network, and the parents of this one were given: "
+                    "use tap='conv'"
+                )
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.record.values.clear()
+        handles = [self._hook(layer, where) for layer, where in self.taps]
+        try:
+            return self.model(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, layer: str, where: Where) -> RemovableHandle:
+        module = self.model.get_submodule(layer)
+        channel_dim = 1 if isinstance(module, nn.Conv2d) else -1
+
+        def keep(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            if (layer, where) not in self.record.values:  # the first call counts, as in a traced network
+                self.record(args[0] if where == "input" else out, layer, where, channel_dim)
+
+        return module.register_forward_hook(keep)
+
+
+def _tapped(model: nn.Module, graph: LayerGraph, taps: Iterable[Tap]) -> tuple[nn.Module, dict[Tap, Tensor]]:
+    if isinstance(graph.module, fx.GraphModule):
+        return tapped_module(graph, taps)
+    hooked = _Hooked(model, taps)
+    return hooked, hooked.record.values
+
+
 @torch.no_grad()
 def stream(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], graph: LayerGraph, taps: Iterable[Tap]
@@ -84,7 +125,7 @@ def stream(
     batches: (images, labels) on any device; images as the model takes them. The model's mode and buffers are left as
     they were. Raises FloatingPointError naming the first layer whose activations are not finite.
     """
-    module, values = tapped_module(graph, taps)
+    module, values = _tapped(model, graph, taps)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     # eval only while a batch runs: a generator that is not run to its end must not leave the model in eval mode.
     for images, labels in batches:
@@ -100,11 +141,12 @@ def _name_the_first(model: nn.Module, images: Tensor, graph: LayerGraph) -> None
     """Run the batch again with every layer tapped, and say where the first value that is not finite comes up."""
     if not bool(torch.isfinite(images.float()).all()):
         raise FloatingPointError("the images hold values that are not finite (NaN or infinity)")
-    module, values = tapped_module(graph, [(layer, where) for layer in graph.nodes for where in ("conv", "relu")])
+    readable: tuple[Where, ...] = ("conv", "relu") if isinstance(graph.module, fx.GraphModule) else ("conv",)
+    module, values = _tapped(model, graph, [(layer, where) for layer in graph.nodes for where in readable])
     with evaluation_mode(model), evaluation_mode(module):
         module(images)
     for layer in graph.nodes:
-        if not all(bool(torch.isfinite(values[layer, where]).all()) for where in ("conv", "relu")):
+        if not all(bool(torch.isfinite(values[layer, where]).all()) for where in readable):
             raise FloatingPointError(f"activations of layer '{layer}' are not finite (NaN or infinity)")
     raise FloatingPointError("activations are not finite (NaN or infinity) between the layers")
 
@@ -193,7 +235,7 @@ def activations(
 
     Source: GC-Net, Fig. 1 step 1; the spatial mean as a filter's scalar is a choice.
     """
-    taps: list[Tap] = [(layer, tap) for layer in graph.layers]
+    taps: list[Tap] = [(layer, tap) for layer in graph.nodes]
     reservoir = Reservoir(taps, samples, seed)
     for values, labels in stream(model, batches, graph, taps):
         reservoir.update(values, labels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
@@ -320,7 +320,7 @@ def connectivity(
     moments: dict[int, Moments] = {}
     reservoir = Reservoir(taps, samples or kind.most, seed)
     count = 0
-    for values, labels in stream(model, chain([first], iterator), graph, taps):
+    for values, labels in _at_least(_MERGED_AT_ONCE, stream(model, chain([first], iterator), graph, taps)):
         count += len(labels)
         for layer, group in groups.items():
             values[layer, "input"] = _merged(values[layer, "input"], group)
@@ -358,6 +358,31 @@ def connectivity(
             matrix = sum(_columns(of_parent[s.parent], s.index) for s in graph.sources[layer])
         result[layer] = _diagonal_blocks(matrix, module).float()
     return result
+
+
+# Merging moments costs the same for one image as for hundreds, and much for wide networks: small batches wait.
+_MERGED_AT_ONCE = 250
+
+
+def _at_least(
+    rows: int, batches: Iterable[tuple[dict[Tap, Tensor], Tensor]]
+) -> Iterator[tuple[dict[Tap, Tensor], Tensor]]:
+    """The batches, small ones joined until they have this many rows (the last may have fewer)."""
+    waiting: list[tuple[dict[Tap, Tensor], Tensor]] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(len(labels) for _, labels in waiting) >= rows:
+            yield _joined(waiting)
+            waiting = []
+    if waiting:
+        yield _joined(waiting)
+
+
+def _joined(batches: list[tuple[dict[Tap, Tensor], Tensor]]) -> tuple[dict[Tap, Tensor], Tensor]:
+    if len(batches) == 1:
+        return batches[0]
+    values = {tap: torch.cat([part[tap] for part, _ in batches]) for tap in batches[0][0]}
+    return values, torch.cat([labels for _, labels in batches])
 
 
 def _merged(values: Tensor, group: Tensor) -> Tensor:

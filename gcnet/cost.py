@@ -1,4 +1,4 @@
-"""Parameters and multiply-accumulates (MACs) of a network, dense and under a mask.
+"""Parameters and multiply-accumulates (MACs) of a network, dense and under a mask; measured latency.
 
 One MAC is one multiplication and one addition, that is two FLOPs. Convolutions and Linear layers are counted, for
 one image; normalisation, activations, pooling and attention products are not (choice, the usual one).
@@ -6,8 +6,12 @@ one image; normalisation, activations, pooling and attention products are not (c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +63,115 @@ def parameters(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> i
     for name, parameter in model.named_parameters():
         total += int(torch.count_nonzero(masks[name])) if name in masks else parameter.numel()
     return total
+
+
+# How a network is run when its latency is measured.
+VARIANTS = ("float32", "channels_last", "bfloat16", "bfloat16_channels_last")
+
+
+def latency(
+    networks: nn.Module | Mapping[str, nn.Module],
+    example_input: Tensor,
+    *,
+    batch_sizes: Sequence[int] = (1, 64),
+    variants: Sequence[str] = ("float32",),
+    repeats: int = 15,
+    warm_up: int = 3,
+    threads: int | None = None,
+) -> list[dict[str, Any]]:
+    """Measured seconds of a forward pass: one row a network, batch size and variant.
+
+    networks: one, or {name: network}; they take turns in every repeat, so that a busy machine slows all alike, and
+    `ratio` is the median over the repeats of a network's time over the first one's of the same repeat.
+    example_input: (N, C, H, W) of one image or more; the first is repeated to each batch size. variants: "float32",
+    "channels_last", "bfloat16", "bfloat16_channels_last" (weights and images in that precision and memory format).
+    repeats, warm_up: passes timed, and passes run before that and not timed. threads: CPU threads, None = as it is.
+    Columns: network, batch_size, variant, median_s, low_s, high_s (quartiles), ratio, repeats, threads, device. On a
+    GPU, CUDA events are read. The networks are copied in eval mode, not changed.
+    Raises ValueError for an unknown variant, batch sizes or repeats below 1, an input that a network cannot take.
+    """
+    named = {"network": networks} if isinstance(networks, nn.Module) else dict(networks)
+    if not named:
+        raise ValueError("latency needs at least one network")
+    for variant in variants:
+        if variant not in VARIANTS:
+            raise unknown("variant", variant, VARIANTS)
+    if min(batch_sizes, default=1) < 1 or repeats < 1 or warm_up < 0 or (threads is not None and threads < 1):
+        raise ValueError(
+            f"batch sizes {tuple(batch_sizes)}, repeats {repeats} and threads {threads} must be at least 1"
+        )
+    for network in named.values():
+        check_example(network, example_input)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads or before)
+        return [
+            row for variant in variants for row in _timed(named, example_input, variant, batch_sizes, repeats, warm_up)
+        ]
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def _timed(
+    named: Mapping[str, nn.Module], example: Tensor, variant: str, sizes: Sequence[int], repeats: int, warm_up: int
+) -> list[dict[str, Any]]:
+    kind = torch.bfloat16 if variant.startswith("bfloat16") else torch.float32
+    layout = torch.channels_last if variant.endswith("channels_last") else torch.contiguous_format
+    ready = {name: copy.deepcopy(network).eval().to(kind) for name, network in named.items()}
+    if layout is torch.channels_last:
+        ready = {name: network.to(memory_format=layout) for name, network in ready.items()}
+    device = next((p.device for network in ready.values() for p in network.parameters()), torch.device("cpu"))
+    rows = []
+    for size in sizes:
+        images = example[:1].to(device, kind).expand(size, *example.shape[1:]).contiguous()
+        if images.ndim == 4:
+            images = images.contiguous(memory_format=layout)
+        for network in ready.values():
+            for _ in range(max(1, warm_up)):
+                try:
+                    network(images)
+                except (RuntimeError, AssertionError, IndexError) as error:
+                    shape = tuple(images.shape)
+                    raise ValueError(
+                        f"the network cannot take images of shape {shape} as {variant}: {error}"
+                    ) from error
+        spent: dict[str, list[float]] = {name: [] for name in ready}
+        for _ in range(repeats):
+            for name, network in ready.items():
+                spent[name].append(_seconds(lambda network=network, images=images: network(images), device))
+        base = spent[next(iter(ready))]
+        for name, times in spent.items():
+            low, _, high = statistics.quantiles(times, n=4) if repeats > 1 else (times[0],) * 3
+            rows.append(
+                {
+                    "network": name,
+                    "batch_size": size,
+                    "variant": variant,
+                    "median_s": statistics.median(times),
+                    "low_s": low,
+                    "high_s": high,
+                    "ratio": statistics.median(t / b for t, b in zip(times, base, strict=True)),
+                    "repeats": repeats,
+                    "threads": torch.get_num_threads(),
+                    "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+                }
+            )
+    return rows
+
+
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """How long a call takes: between two events on a GPU's own clock, else by the machine's."""
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
 
 
 @contextmanager

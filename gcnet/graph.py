@@ -15,7 +15,7 @@ import operator
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,22 +61,26 @@ class LayerGraph:
     columns a concatenation, a channel that fills several columns a flatten; one parent may have several sources.
     via: {(layer, parent): words}, what lies between: sum, concat (the parent fills some columns only), split (some of
     its channels arrive only), flatten, repeat, shuffle, gate; and grouped or depthwise for the layer itself.
-    module: the network as traced in eval mode; it shares the submodules of the model. nodes: fx node of a layer's
-    first call. activation_nodes: last node of the chain of normalisation, activation, dropout behind that call.
-    positions: outputs per channel and image at the first call (H * W, tokens, or 1). shared: layers called more than
-    once, whose parents are those of all calls. notes: where the analysis gave up or guessed.
+    module: the network as traced in eval mode; it shares the submodules of the model (and is the model itself where
+    the parents were given). nodes: fx node of a layer's first call. activation_nodes: last node of the chain of
+    normalisation, activation, dropout behind that call. positions: outputs per channel and image at the first call
+    (H * W, tokens, or 1; 0 for a layer that only a whole module or function uses, as attention does: it is listed,
+    has no parents and no node). outputs: layers whose output reaches the network's output with no other layer between.
+    shared: layers called more than once, whose parents are those of all calls. notes: where the analysis gave up or
+    guessed.
     """
 
     layers: tuple[str, ...]
     parents: dict[str, tuple[str, ...]]
     sources: dict[str, tuple[Source, ...]]
     via: dict[tuple[str, str], tuple[str, ...]]
-    module: fx.GraphModule
+    module: nn.Module
     nodes: dict[str, str]
     activation_nodes: dict[str, str]
     in_channels: dict[str, int]
     out_channels: dict[str, int]
     positions: dict[str, int]
+    outputs: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -91,6 +95,8 @@ def layer_graph(
     residual: str = "all",
     gates: bool = False,
     leaf_modules: Iterable[type | str] = (),
+    tracer: fx.Tracer | None = None,
+    parents: Mapping[str, Sequence[str]] | None = None,
 ) -> LayerGraph:
     """Weighted layers of a network in execution order, with the parents of each, channel by channel.
 
@@ -99,33 +105,43 @@ def layer_graph(
     residual: "all" = the parents of a layer are all weighted layers whose output reaches it through shape-preserving
     operations and additions, back along the whole residual stream; "nearest" = each operand of an addition keeps only
     the most recently executed layer. gates: whether a multiplicative gate (squeeze and excitation, attention maps)
-    is a parent beside what it gates. leaf_modules: module types or names not to trace into.
-    Raises ValueError (unknown residual or leaf name, example_input the network cannot take, no layer) and TraceError.
+    is a parent beside what it gates. leaf_modules: module types or names not to trace into. tracer: a torch.fx tracer
+    of your own instead of ours. parents: {layer: its parents}; nothing is traced then, the model is run once, and the
+    channels follow from the widths: parents as wide as the layer's input are a sum, others stand side by side in the
+    order given, and what is left over is a flatten. Layers that are not named have no parent.
+    Raises ValueError (unknown residual, leaf or layer name, example_input the network cannot take, no layer, parents
+    that do not fit) and TraceError.
     Source: GC-Net, Fig. 2 (outputs that converge into one layer); the walk along the residual stream is a choice.
     """
     if residual not in RESIDUAL:
         raise unknown("residual", residual, RESIDUAL)
     check_example(model, example_input)
+    if parents is not None:
+        return _told(model, example_input, parents)
     with evaluation_mode(model), torch.no_grad():
-        traced = trace(model, leaf_modules=leaf_modules)
+        traced = trace(model, leaf_modules=leaf_modules, tracer=tracer)
+        _put_back(traced, model)
         run = _Provenance(traced, tuple(example_input.shape), residual == "nearest", gates)
         if not run.names:
             raise ValueError(f"{type(model).__name__} calls no Conv2d or Linear layer, so there is no layer graph")
         run.run(example_input[:1])
     traced.training = model.training
-    called = {id(traced.get_submodule(name)) for name in run.names}
+    called = {id(traced.get_submodule(name)) for name in run.order}
     unseen = [name for name, module in model.named_modules() if _is_layer(module) and id(module) not in called]
     if unseen:
         run.note(f"never called as a layer in eval mode, so not in the graph: {', '.join(unseen)}")
     return run.layer_graph(example_input.device)
 
 
-def trace(model: nn.Module, *, leaf_modules: Iterable[type | str] = ()) -> fx.GraphModule:
+def trace(
+    model: nn.Module, *, leaf_modules: Iterable[type | str] = (), tracer: fx.Tracer | None = None
+) -> fx.GraphModule:
     """Trace a network with torch.fx; the result shares the submodules and parameters of the model.
 
-    leaf_modules: module types or names (paths) not to trace into. What depends on the training mode is fixed by the
-    trace. Raises TraceError, which names the line of the user's source, and ValueError for a leaf name that the
-    model does not have.
+    leaf_modules: module types or names (paths) not to trace into. tracer: your own instead of ours; it must keep
+    every Conv2d and Linear whole, and decides by itself what else is a leaf. What depends on the training mode is
+    fixed by the trace. Raises TraceError, which names the line of the user's source, and ValueError for a leaf name
+    that the model does not have.
     """
     leaves = tuple(leaf_modules)
     names = [name for name, _ in model.named_modules()]
@@ -138,7 +154,9 @@ def trace(model: nn.Module, *, leaf_modules: Iterable[type | str] = ()) -> fx.Gr
         for name, argument in inspect.signature(model.forward).parameters.items()
         if argument.default is not inspect.Parameter.empty
     }
-    tracer = Tracer(leaves)
+    if tracer is not None and leaves:
+        raise ValueError("give leaf_modules or a tracer of your own, not both: the tracer decides what is a leaf")
+    tracer = tracer or Tracer(leaves)
     try:
         graph = tracer.trace(model, concrete_args=defaults or None)
         return fx.GraphModule(tracer.root, graph, type(model).__name__)
@@ -209,8 +227,9 @@ def _trace_message(model: nn.Module, error: Exception) -> str:
     )
     return (
         f"torch.fx cannot trace {type(model).__name__}: {where} ({type(error).__name__}: {error}). The course of "
-        "forward may not depend on the values or shapes of tensors. Rewrite that line, or keep the submodule it "
-        "belongs to whole with leaf_modules=(its type or its name,)"
+        "forward may not depend on the values or shapes of tensors. Rewrite that line; or keep the submodule it "
+        "belongs to whole with layer_graph(..., leaf_modules=(its type or its name,)) or a tracer=... of your own; or "
+        "say what feeds what with parents={layer: [its parents], ...}. Hand the graph on as graph=..."
     )
 
 
@@ -314,6 +333,7 @@ class _Provenance(fx.Interpreter):
                 name = self.name_of.setdefault(id(layer), str(node.target))
                 self.calls.setdefault(name, []).append(node)
         self.names = list(self.calls)
+        self.order = _with_hidden(module, self.name_of)
         channels = {name: _channels(module.get_submodule(name)) for name in self.names}
         self.in_channels = {name: pair[0] for name, pair in channels.items()}
         self.out_channels = {name: pair[1] for name, pair in channels.items()}
@@ -325,6 +345,7 @@ class _Provenance(fx.Interpreter):
         self.number = {name: k for k, name in enumerate(self.names)}
         self.reached: dict[str, dict[int, list[Tensor]]] = {name: {} for name in self.names}
         self.gated: dict[str, set[int]] = {name: set() for name in self.names}
+        self.outputs: frozenset[int] = frozenset()
         self.positions: dict[str, int] = {}
 
     def run_node(self, node: fx.Node) -> Any:
@@ -362,6 +383,9 @@ class _Provenance(fx.Interpreter):
     def propagate(self, node: fx.Node, value: Any) -> Any:
         """Provenance of a node's value: a _Prov for a tensor, the same nesting for tuples, None for the rest."""
         data = isinstance(value, (tuple, list, Mapping)) or (isinstance(value, Tensor) and value.is_floating_point())
+        if node.op == "output":
+            provs = [prov for n in node.all_input_nodes for prov in _flat(self.prov.get(n))]
+            self.outputs = self.layers_in(ids for prov in provs for ids in prov.ids)
         if node.op in ("placeholder", "get_attr", "output") or not data or not _flat(_unknown(value)):
             return _unknown(value)  # sizes, comparisons and positions are no channels
         if node.op == "call_module":
@@ -412,6 +436,10 @@ class _Provenance(fx.Interpreter):
             left, right = (self.of(tensor).gate for tensor in tensors[:2])
             if left != right:
                 return self.weighted_sum(node, value, tensors[left], -2 if left else -1)
+        if name == "einsum" and len(tensors) == 2 and isinstance(node.args[0], str):
+            left, right = (self.of(tensor).gate for tensor in tensors)
+            if left != right:
+                return self.einsum(node, value, tensors, int(left))
         # A weight matrix among the operands, as in F.linear, mixes channels, and so does a product of two maps.
         weights = any(n.op == "get_attr" and self.env[n].dim() > 1 for n in tensors)
         return self.unforeseen(node, value, name, weights or name in (*_PRODUCT, "einsum", "baddbmm"))
@@ -548,6 +576,23 @@ class _Provenance(fx.Interpreter):
             return self.unforeseen(node, value, _operation(node), mixes=True)
         return _Prov(_unique(_fit(ids, value)), gated=prov.gated | self.layers_in(ids))
 
+    def einsum(self, node: fx.Node, value: Tensor, tensors: list[fx.Node], which: int) -> Any:
+        """Attention written as einsum: the operand that is no gate, summed over the letters that the result lacks."""
+        operands, _, result = node.args[0].replace(" ", "").partition("->")
+        letters = operands.split(",")[which]
+        if not result or "." in node.args[0] or len(set(letters)) < len(letters):
+            return self.unforeseen(node, value, "einsum", mixes=True)
+        prov, summed = self.of(tensors[which]), [dim for dim, letter in enumerate(letters) if letter not in result]
+        ids = [part for entry in prov.ids for part in _distinct(entry, summed)]
+        if len(ids) > MAX_MIXED:
+            return self.unforeseen(node, value, "einsum", mixes=True)
+        kept = [letter for letter in letters if letter in result]
+        order = sorted(range(len(kept)), key=lambda k: result.index(kept[k]))
+        ids = [entry.squeeze(tuple(summed)) if summed else entry for entry in ids]
+        sizes = [-1 if letter in kept else 1 for letter in result]
+        shaped = [entry.permute(order).reshape(_with_ones(entry.permute(order).shape, sizes)) for entry in ids]
+        return _Prov(_unique(_fit(shaped, value)), gated=prov.gated | self.layers_in(ids))
+
     def unforeseen(self, node: fx.Node, value: Any, what: str, mixes: bool) -> Any:
         """An operation without a rule keeps the provenance of its first operand if the shape allows it."""
         prov = self.first(node)
@@ -619,10 +664,17 @@ class _Provenance(fx.Interpreter):
                 for parent, indices in rows.items()
                 for index in indices
             )
+        hidden = [name for name in self.order if name not in sources]
+        if hidden:
+            self.note(f"used inside a whole module or function, so without parents: {', '.join(hidden)}")
+        for name in hidden:
+            pair = _channels(self.module.get_submodule(name))
+            sources[name], self.positions[name] = (), 0
+            self.in_channels[name], self.out_channels[name] = pair
         first_calls = {name: self.calls[name][0] for name in self.names}
         return LayerGraph(
-            layers=tuple(self.names),
-            parents={name: tuple(dict.fromkeys(source.parent for source in sources[name])) for name in self.names},
+            layers=tuple(self.order),
+            parents={name: tuple(dict.fromkeys(source.parent for source in sources[name])) for name in self.order},
             sources=sources,
             via=via,
             module=self.module,
@@ -631,6 +683,7 @@ class _Provenance(fx.Interpreter):
             in_channels=self.in_channels,
             out_channels=self.out_channels,
             positions=self.positions,
+            outputs=tuple(self.names[number] for number in sorted(self.outputs)),
             shared=tuple(name for name in self.names if len(self.calls[name]) > 1),
             notes=tuple(self.notes),
         )
@@ -660,6 +713,12 @@ def _compact(ids: Tensor) -> Tensor:
 def _fit(ids: Iterable[Tensor], value: Tensor) -> tuple[Tensor, ...]:
     """The ids broadcast to the shape of a value."""
     return tuple(entry if entry.shape == value.shape else entry.expand(value.shape) for entry in ids)
+
+
+def _with_ones(shape: Iterable[int], sizes: Iterable[int]) -> list[int]:
+    """The sizes with each -1 filled from the shape, in order."""
+    found = iter(shape)
+    return [next(found) if size == -1 else size for size in sizes]
 
 
 def _distinct(ids: Tensor, dims: Iterable[int]) -> list[Tensor]:
@@ -747,6 +806,94 @@ def _zip(results: list[Any], value: Any, build: Callable[[list[Tensor]], _Prov])
     return tuple(_zip([result[i] for result in results], part, build) for i, part in enumerate(value))
 
 
+# A graph whose parents are given: for networks that cannot be traced.
+
+
+def _told(model: nn.Module, example_input: Tensor, parents: Mapping[str, Sequence[str]]) -> LayerGraph:
+    """The layer graph of given parents; order and positions are seen in one run of the model."""
+    positions, calls = _seen(model, example_input)
+    layers = tuple(positions)
+    for name in [*parents, *(parent for given in parents.values() for parent in given)]:
+        if name not in layers:
+            raise unknown("layer in parents", name, layers)
+    channels = {name: _channels(model.get_submodule(name)) for name in layers}
+    sources: dict[str, tuple[Source, ...]] = dict.fromkeys(layers, ())
+    via: dict[tuple[str, str], tuple[str, ...]] = {}
+    for name, given in parents.items():
+        layer, indices = model.get_submodule(name), _laid_out(name, channels, model, tuple(given))
+        rows = {layers.index(parent): index.unsqueeze(0) for parent, index in indices.items()}
+        sources[name] = tuple(Source(parent, index.to(example_input.device)) for parent, index in indices.items())
+        for parent in given:
+            via[name, parent] = _words(layer, layers.index(parent), rows, channels[parent][1], False)
+    fed = {parent for given in parents.values() for parent in given}
+    return LayerGraph(
+        layers=layers,
+        parents={name: tuple(parents.get(name, ())) for name in layers},
+        sources=sources,
+        via=via,
+        module=model,
+        nodes={name: name for name in layers},
+        activation_nodes={name: name for name in layers},
+        in_channels={name: pair[0] for name, pair in channels.items()},
+        out_channels={name: pair[1] for name, pair in channels.items()},
+        positions=positions,
+        outputs=tuple(name for name in layers if name not in fed),
+        shared=tuple(name for name in layers if calls[name] > 1),
+        notes=("the parents were given, not traced",),
+    )
+
+
+def _seen(model: nn.Module, example_input: Tensor) -> tuple[dict[str, int], dict[str, int]]:
+    """({layer: positions} in order of execution, {layer: number of calls}) in one run of the model on one image."""
+    positions: dict[str, int] = {}
+    calls: dict[str, int] = {}
+
+    def note(name: str, channels: int, out: Tensor) -> None:
+        positions.setdefault(name, out.numel() // channels)
+        calls[name] = calls.get(name, 0) + 1
+
+    handles = [
+        module.register_forward_hook(lambda layer, _, out, name=name: note(name, _channels(layer)[1], out))
+        for name, module in model.named_modules()
+        if _is_layer(module)
+    ]
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            model(example_input[:1])
+    except (RuntimeError, AssertionError, IndexError) as error:
+        shape = tuple(example_input.shape)
+        raise ValueError(f"the network cannot take example_input of shape {shape}: {error}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return positions, calls
+
+
+def _laid_out(
+    name: str, channels: Mapping[str, tuple[int, int]], model: nn.Module, given: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """{parent: the channel of it that feeds each input channel of the layer, or -1}, from the widths alone."""
+    wanted, widths = channels[name][0], [channels[parent][1] for parent in given]
+    linear = isinstance(model.get_submodule(name), nn.Linear)
+    if not widths:
+        return {}
+    if len(set(widths)) == 1 and (wanted == widths[0] or (linear and wanted % widths[0] == 0 and len(widths) == 1)):
+        return {parent: torch.arange(wanted) // (wanted // widths[0]) for parent in given}
+    total = sum(widths)
+    repeat = wanted // total
+    if wanted != repeat * total or (repeat != 1 and not linear):
+        raise ValueError(
+            f"parents of layer '{name}', {', '.join(given)}, have {' and '.join(map(str, widths))} channels; it takes "
+            f"{wanted}: that is neither a sum of them nor a concatenation"
+        )
+    indices, start = {}, 0
+    for parent, width in zip(given, widths, strict=True):
+        index = torch.full((wanted,), -1)
+        index[start : start + width * repeat] = torch.arange(width * repeat) // repeat
+        indices[parent], start = index, start + width * repeat
+    return indices
+
+
 # What is read from the finished graph.
 
 
@@ -754,6 +901,32 @@ def _channels(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, nn.Conv2d):
         return layer.in_channels, layer.out_channels
     return layer.in_features, layer.out_features
+
+
+def _put_back(traced: fx.GraphModule, model: nn.Module) -> None:
+    """Where only a layer's weight is used, fx keeps an empty module that holds it: put the layer itself there."""
+    for node in traced.graph.nodes:
+        path, _, name = str(node.target).removesuffix(".weight").rpartition(".")
+        full = f"{path}.{name}".lstrip(".")
+        if node.op == "get_attr" and str(node.target).endswith(".weight") and _is_layer(model.get_submodule(full)):
+            setattr(traced.get_submodule(path), name, model.get_submodule(full))
+
+
+def _with_hidden(module: fx.GraphModule, name_of: dict[int, str]) -> list[str]:
+    """Names of the layers in order of use: those called, and those whose weights a whole module or function takes."""
+    order: dict[str, None] = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and str(node.target).endswith(".weight"):
+            used = [str(node.target).removesuffix(".weight")]
+        elif node.op == "call_module":
+            whole = module.get_submodule(str(node.target))
+            used = [f"{node.target}.{name}".rstrip(".") for name, _ in whole.named_modules()]
+        else:
+            continue
+        for name in used:
+            if _is_layer(layer := module.get_submodule(name)):
+                order.setdefault(name_of.setdefault(id(layer), name))
+    return list(order)
 
 
 def _spatial(name: str) -> int:

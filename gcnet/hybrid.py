@@ -15,6 +15,7 @@ from gcnet.connectivity import connectivity as measure_connectivity
 from gcnet.errors import unknown
 from gcnet.ghost import build_ghost, build_mixture, check_batchnorm
 from gcnet.graph import LayerGraph, layer_graph
+from gcnet.interop import check_plain
 from gcnet.pruning import (
     PRUNERS,
     Masks,
@@ -78,7 +79,8 @@ def split(graph: LayerGraph, hybrid: str | Sequence[str]) -> dict[str, Role]:
 @dataclass(frozen=True)
 class GhostPruning:
     """masks: over all layers of the original. connectivity: the ghost's matrices. plan: role of each layer.
-    report: sparsity reached, layers that collapsed, one row a layer, what the graph could not follow."""
+    report: sparsity reached, layers that collapsed, one row a layer, layers without a parent (pruned directly), the
+    share of weights that were 0 before (in layers with more than 1 %), what the graph could not follow."""
 
     masks: Masks
     connectivity: dict[str, Tensor]
@@ -148,25 +150,30 @@ def ghost_prune(
     residual: str = "all",
     batchnorm: str = "identity",
     connectivity: dict[str, Tensor] | None = None,
+    graph: LayerGraph | None = None,
     seed: int = 0,
 ) -> GhostPruning:
     """GC-Net in one call: graph, activations, connectivity, ghost, pruning, mapping back.
 
     model: any traceable network of Conv2d and Linear layers; it is not changed (apply the masks with `apply_masks`,
     then fine-tune holding them). batches: (images, labels) as the model takes them. connectivity: matrices measured
-    before, to skip that pass. The other parameters are those of `connectivity`, `prune` and `split`.
-    Raises ValueError for unknown names, a sparsity outside [0, 1), fewer than 2 images, a model that cannot be traced.
+    before, to skip that pass. graph: a layer graph made before, the way out for a network that cannot be traced
+    (`layer_graph(..., leaf_modules=...)` or `parents=...`). The other parameters are those of `connectivity`,
+    `prune` and `split`.
+    Raises ValueError for unknown names, a sparsity outside [0, 1), fewer than 2 images, a model that cannot be traced,
+    weights that torch's own pruning holds.
     """
     check_sparsity(sparsity)
     if pruner not in PRUNERS:
         raise unknown("pruner", pruner, PRUNERS)
     check_batchnorm(batchnorm)
+    check_plain(model)
     batches = iter(batches)
     first = next(batches, None)
     if first is None:
         raise ValueError("ghost_prune needs images: got no batch at all")
     example = first[0][:1].to(next(model.parameters()).device)
-    graph = layer_graph(model, example, residual=residual)
+    graph = graph or layer_graph(model, example, residual=residual)
     needed = "guided" in split(graph, hybrid).values()
     if needed and connectivity is None:
         connectivity = measure_connectivity(
@@ -177,16 +184,19 @@ def ghost_prune(
         model, graph, connectivity or {}, pruner=pruner, sparsity=sparsity, hybrid=hybrid, example_input=example,
         seed=seed, batchnorm=batchnorm,
     )  # fmt: skip
-    return GhostPruning(masks, connectivity or {}, plan, _report(masks, plan, graph))
+    return GhostPruning(masks, connectivity or {}, plan, _report(model, masks, plan, graph))
 
 
-def _report(masks: Masks, plan: dict[str, Role], graph: LayerGraph) -> dict[str, Any]:
+def _report(model: nn.Module, masks: Masks, plan: dict[str, Role], graph: LayerGraph) -> dict[str, Any]:
+    zero = {layer: float((model.get_submodule(layer).weight == 0).double().mean()) for layer in graph.layers}
     rows = [{**row, "role": plan[row["layer"]]} for row in summary(masks)]
     return {
         "sparsity": sparsity(masks),
         "kept_weights": sum(row["kept"] for row in rows),
         "collapsed_layers": collapsed_layers(masks),
         "layers": rows,
+        "without_parent": tuple(layer for layer in graph.layers if not graph.parents[layer]),
+        "zero_before": {layer: share for layer, share in zero.items() if share > 0.01},
         "notes": graph.notes,
     }
 

@@ -146,6 +146,19 @@ class Study(BaseModel):
     snacs_speed_groups: tuple[int, ...] = Field((16, 32), description="group counts that are timed")
     snacs_speed_filters: int = Field(512, ge=1)
     snacs_speed_samples: int = Field(2000, ge=50)
+    # structured pruning
+    structured_macs: tuple[float, ...] = Field((0.7, 0.5), description="shares of the dense network's MACs left")
+    structured_methods: tuple[str, ...] = Field(
+        ("direct", "B25", "Full", "tp_magnitude", "tp_taylor"),
+        description="how filters are scored: hybrids of the ghost with mean |weight|, or torch-pruning's importances",
+    )
+    structured_similarity: str = "pearson"
+    structured_ranking: Literal["layer", "global"] = "layer"
+    structured_round_to: int = Field(8, ge=1, description="filters are kept in multiples of this")
+    structured_finetune_epochs: int = Field(3, ge=0)
+    structured_finetune_lr: float = Field(0.02, gt=0)
+    structured_latency_batches: tuple[int, ...] = (1, 64)
+    structured_latency_variants: tuple[str, ...] = ("float32", "channels_last", "bfloat16")
 
     # machine
     device: str = "auto"
@@ -223,10 +236,26 @@ class Study(BaseModel):
             raise ValueError("cka_betas: choosing one of several needs validation images: val_share above 0")
         return self
 
+    @field_validator("structured_macs")
+    @classmethod
+    def _shares_of_macs_in_range(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        for value in values:
+            if not 0 < value < 1:
+                raise ValueError(f"share of MACs {value} is outside (0, 1)")
+        return values
+
+    @field_validator("structured_latency_batches")
+    @classmethod
+    def _batches_hold_an_image(cls, values: tuple[int, ...]) -> tuple[int, ...]:
+        if min(values, default=1) < 1:
+            raise ValueError(f"batch sizes {values} must be at least 1")
+        return values
+
     @model_validator(mode="after")
     def _names_are_known(self) -> Study:
         # Imported here: study.py stands above every registry it checks against.
         from gcnet.connectivity import SIMILARITIES
+        from gcnet.cost import VARIANTS
         from gcnet.data import DATASETS
         from gcnet.hybrid import mixing_exponent, side_and_share
         from gcnet.networks import NETWORKS
@@ -246,7 +275,7 @@ class Study(BaseModel):
             if not name.startswith("torchvision:"):
                 check("network", [name], NETWORKS)
         check("pruner", [*self.pruners, self.flops_pruner, self.ablation_pruner], PRUNERS)
-        check("similarity", [*self.guidance, *self.flops_similarities], SIMILARITIES)
+        check("similarity", [*self.guidance, *self.flops_similarities, self.structured_similarity], SIMILARITIES)
         for r in self.ftwt_joint_r:
             if r not in self.ftwt_r:
                 raise ValueError(f"ftwt_joint_r: {r} is not in ftwt_r {self.ftwt_r}, so there is nothing to compare")
@@ -254,6 +283,10 @@ class Study(BaseModel):
             if not mixing_exponent(name) and (name == "direct" or side_and_share(name)[1] == 0):
                 raise ValueError(f"unknown hybrid '{name}' of guidance: it guides no layer (direct always runs)")
         check("SNACS method", self.snacs_methods, SNACS_METHODS)
+        for name in self.structured_methods:
+            if name not in ("tp_magnitude", "tp_taylor", "tp_random"):
+                side_and_share(name)
+        check("variant", self.structured_latency_variants, VARIANTS)
         check("shift", self.shifts, [*CORRUPTIONS, "all"])
         check("natural shift", self.natural_shifts, NATURAL_SHIFTS)
         check("sparse training method", self.cka_methods, [m for m in SPARSE_METHODS if m != "dense"])

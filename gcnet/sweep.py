@@ -9,7 +9,7 @@ from concurrent.futures import Executor, Future, as_completed
 from pathlib import Path
 from typing import Any
 
-from gcnet import ablations, cka_cells, ftwt_cells, snacs_cells
+from gcnet import ablations, cka_cells, ftwt_cells, snacs_cells, structured_cells
 from gcnet.cells import (
     Cell,
     cell_result,
@@ -90,6 +90,7 @@ SYSTEMS: dict[str, Callable[[Study], Iterable[tuple[str, list[Task]]]]] = {
     "06": snacs_cells.stages,
     "07": cka_cells.stages,
     "08": ftwt_cells.stages,
+    "10": structured_cells.stages,
     "11": ablations.stages,
 }
 

@@ -40,16 +40,21 @@ class Frozen(nn.Module):
         out = torch.randn(shape, generator=torch.Generator().manual_seed(self.seed), dtype=x.dtype)
         out = out.repeat(len(x), *[1] * (out.ndim - 1))
         for image, channel, shift in self.shifts:
-            out[image].select(self.axis, channel).add_(shift)
+            if image < len(out):  # a layer may run on a table of positions and not on the images
+                out[image].select(self.axis, channel).add_(shift)
         return out
 
 
-def wrong_columns(model: nn.Module, x: Tensor, graph: LayerGraph, per_layer: int = 10**9) -> list[str]:
+def wrong_columns(
+    model: nn.Module, x: Tensor, graph: LayerGraph, per_layer: int = 10**9, exact: bool = True
+) -> list[str]:
     """Every (parent channel, layer) whose changed input columns are not those the graph names; at most some channels.
+
+    exact=False: only columns that the graph names and that do not change (attention moves more than any graph names).
 
     Image 0 is clean, every further image carries one shift of one channel: all are seen in a few passes.
     """
-    frozen = {name: Frozen(model.get_submodule(name), seed) for seed, name in enumerate(graph.layers)}
+    frozen = {name: Frozen(model.get_submodule(name), seed) for seed, name in enumerate(graph.nodes)}
     replaced: dict[int, nn.Module] = {id(stand_in.layer[0]): stand_in for stand_in in frozen.values()}
     for module in model.modules():
         if isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
@@ -60,7 +65,7 @@ def wrong_columns(model: nn.Module, x: Tensor, graph: LayerGraph, per_layer: int
     draw = torch.Generator().manual_seed(0)
     cases = [
         (name, channel)
-        for name in graph.layers
+        for name in graph.nodes
         for channel in torch.randperm(graph.out_channels[name], generator=draw)[:per_layer].tolist()
     ]
     wrong = []
@@ -76,6 +81,8 @@ def wrong_columns(model: nn.Module, x: Tensor, graph: LayerGraph, per_layer: int
         for name, stand_in in frozen.items():
             moved = torch.zeros(len(chunk), graph.in_channels[name], dtype=torch.bool)
             for value in stand_in.inputs:
+                if len(value) == 1:  # a table of positions: no image reaches it
+                    continue
                 rows = value.movedim(stand_in.axis, 1).flatten(2) if value.ndim > 2 else value.unsqueeze(2)
                 change = ((rows - rows[:1]).abs() > 1e-10).any(2)[1:]
                 moved |= change[0::2] | change[1::2]
@@ -84,7 +91,7 @@ def wrong_columns(model: nn.Module, x: Tensor, graph: LayerGraph, per_layer: int
                 for source in graph.sources[name]:
                     if source.parent == parent:
                         told |= source.index == channel
-                if not torch.equal(told, moved[k]):
+                if not torch.equal(told, moved[k] if exact else moved[k] & told):
                     wrong.append(
                         f"{parent}[{channel}] -> {name}: moved {moved[k].nonzero().flatten().tolist()}, "
                         f"graph says {told.nonzero().flatten().tolist()}"
@@ -483,8 +490,8 @@ def test_trace_error_names_the_line_and_the_ways_out() -> None:
 @pytest.mark.parametrize("leaf", [Branching, "inner"])
 def test_leaf_modules_get_around_what_cannot_be_traced(leaf: type | str) -> None:
     graph = layer_graph(Outer(), IMAGE, leaf_modules=(leaf,))
-    assert graph.layers == ("first", "last")
-    assert graph.parents["last"] == ()
+    assert graph.layers == ("first", "inner.features.0", "inner.features.4", "inner.classifier", "last")
+    assert graph.parents["last"] == graph.parents["inner.features.0"] == ()  # listed, pruned directly
     assert any("inner.features.0" in note for note in graph.notes)
 
 
@@ -653,46 +660,7 @@ def test_random_networks(steps: list[tuple[str, int, int]]) -> None:
     assert all(unknown_columns(near, layer) == 0 for layer in near.layers[1:])
 
 
-# --- torchvision ---------------------------------------------------------------------------------------------------
-
-FAST = {
-    "resnet18": 32,
-    "vgg11_bn": 32,
-    "mobilenet_v2": 32,
-    "squeezenet1_1": 32,
-    "shufflenet_v2_x0_5": 32,
-    "alexnet": 64,
-}
-SLOW = {
-    "resnet50": 32,
-    "vgg16_bn": 32,
-    "densenet121": 32,
-    "googlenet": 64,
-    "inception_v3": 96,
-    "squeezenet1_0": 48,
-    "shufflenet_v2_x1_0": 32,
-    "efficientnet_b0": 32,
-    "convnext_tiny": 32,
-    "regnet_y_400mf": 32,
-    "regnet_x_400mf": 32,
-    "mnasnet1_0": 32,
-    "mobilenet_v3_small": 32,
-    "efficientnet_v2_s": 32,
-    "resnext50_32x4d": 32,
-}
-CASES = [*FAST.items(), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW.items())]
-
-
-@pytest.mark.parametrize(("name", "size"), CASES)
-def test_torchvision(name: str, size: int) -> None:
-    torch.manual_seed(0)
-    extra = {"init_weights": False, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
-    model, x = torchvision.models.get_model(name, weights=None, **extra), torch.randn(1, 3, size, size)
-    graph = layer_graph(model, x, gates=True)
-    assert graph.notes == ()
-    assert [layer for layer in graph.layers if not graph.parents[layer]] == [graph.layers[0]]
-    assert all(unknown_columns(graph, layer) == 0 for layer in graph.layers[1:])
-    assert wrong_columns(model, x, graph, per_layer=2) == []
+# --- torchvision: the whole list is in test_graph_zoo.py -----------------------------------------------------------
 
 
 def test_resnet152_is_not_quadratic() -> None:

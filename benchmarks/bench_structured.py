@@ -1,0 +1,120 @@
+"""Layer graph and ghost pruning of large networks; smaller networks against their MACs and against torch-pruning's."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch_pruning as tp
+import torchvision
+from torch import Tensor, nn
+
+import gcnet
+from gcnet import networks
+
+
+def seconds(run: Callable[[], Any], repeats: int = 1) -> float:
+    spent = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run()
+        spent.append(time.perf_counter() - started)
+    return statistics.median(spent)
+
+
+def graph_row(quick: bool) -> dict[str, Any]:
+    name, size = ("resnet18", 32) if quick else ("resnet152", 224)
+    model, image = torchvision.models.get_model(name, weights=None), torch.zeros(1, 3, size, size)
+    gcnet.layer_graph(networks.build("resnet20", 10), torch.zeros(1, 3, 32, 32))  # what is loaded on the first call
+    return {
+        "case": f"layer graph of {name} at {size} px",
+        "ours_s": seconds(lambda: gcnet.layer_graph(model, image)),
+        "peer": "torch-pruning's dependency graph",
+        "peer_s": seconds(lambda: tp.DependencyGraph().build_dependency(model, example_inputs=image)),
+        "target": "at most 5 s",
+    }
+
+
+def ghost_row(quick: bool) -> dict[str, Any]:
+    name, size, count = ("resnet18", 32, 32) if quick else ("resnet50", 224, 256)
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None).eval()
+    batches = [(torch.randn(32, 3, size, size), torch.arange(32) % 10) for _ in range(count // 32)]
+
+    @torch.no_grad()
+    def forward() -> None:
+        for images, _ in batches:
+            model(images)
+
+    seconds(lambda: model(batches[0][0][:2]))
+    forward_s = [seconds(forward)]
+    ours = seconds(lambda: gcnet.ghost_prune(model, batches, sparsity=0.9))
+    forward_s.append(seconds(forward))  # before and after: the machine may have other work
+    plain = statistics.mean(forward_s)
+    return {
+        "case": f"ghost_prune of {name} at {size} px, {count} images",
+        "ours_s": ours,
+        "peer": "its forward passes",
+        "peer_s": plain,
+        "target": f"at most 1.3 x + 5 s = {1.3 * plain + 5:.1f} s",
+    }
+
+
+def cut_by_torch_pruning(model: nn.Module, image: Tensor, macs: float) -> nn.Module:
+    """torch-pruning's own magnitude pruner at its uniform ratio that leaves at most this many MACs."""
+    head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+    position = [m is head for m in model.modules()].index(True)
+    low, high, best = 0.0, 0.95, model
+    for _ in range(7):
+        middle, cut = (low + high) / 2, copy.deepcopy(model)
+        last = list(cut.modules())[position]
+        importance = tp.importance.GroupMagnitudeImportance()
+        tp.pruner.BasePruner(cut, image, importance, pruning_ratio=middle, ignored_layers=[last]).step()
+        if gcnet.macs(cut, image) <= macs:
+            high, best = middle, cut
+        else:
+            low = middle
+    return best
+
+
+def latency_rows(name: str, model: nn.Module, size: int, batch: int, repeats: int) -> list[dict[str, Any]]:
+    image = torch.zeros(1, 3, size, size)
+    found = gcnet.structured_prune(model, [(image, torch.zeros(1))], macs=0.5, hybrid="direct", round_to=8)
+    peer = cut_by_torch_pruning(model, image, found.report["macs"] * 1.01)
+    dense, share = gcnet.macs(model, image), found.report["macs"] / found.report["macs_dense"]
+    rows = gcnet.latency(
+        {"dense": model, "ours": found.network, "peer": peer}, image, batch_sizes=[batch], repeats=repeats
+    )
+    time_of = {row["network"]: row["median_s"] for row in rows}
+    ratio = {row["network"]: row["ratio"] for row in rows}
+    where = f"{name} at {size} px, batch {batch}, {rows[0]['threads']} threads, {rows[0]['device']}"
+    first = {
+        "case": f"{where}: {share:.2f} of the MACs",
+        "ours_s": time_of["ours"],
+        "peer": "dense",
+        "peer_s": time_of["dense"],
+        "target": f"latency share {ratio['ours']:.2f} at most 1.3 x MAC share = {1.3 * share:.2f}",
+    }
+    second = {
+        "case": f"{where}: {share:.2f} of the MACs",
+        "ours_s": time_of["ours"],
+        "peer": f"torch-pruning's pruner, {gcnet.macs(peer, image) / dense:.2f} of the MACs",
+        "peer_s": time_of["peer"],
+        "target": "no slower at equal MACs (ratio about 1 or more)",
+    }
+    return [first, second]
+
+
+def run(quick: bool = False) -> list[dict[str, Any]]:
+    rows = [graph_row(quick), ghost_row(quick)]
+    cases = [("vgg16_bn quarter width", networks.build("vgg16_bn", 10, width=0.25, seed=0), 32, 64)]
+    if not quick:
+        cases.append(("resnet18 quarter width", networks.build("resnet18", 10, width=0.25, seed=0), 32, 64))
+        cases.append(("resnet50", torchvision.models.resnet50(weights=None), 64, 64))
+    for name, model, size, batch in cases:
+        rows += latency_rows(name, model.eval(), size, batch, 3 if quick else 9)
+    return [{**row, "ratio": row["peer_s"] / row["ours_s"]} for row in rows]

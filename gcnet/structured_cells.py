@@ -1,0 +1,312 @@
+"""The expensive things of structured pruning, each computed once: smaller networks, shift scores, latency."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from gcnet import cells, cost, data
+from gcnet.evaluation import bootstrap, score, verdict
+from gcnet.shifts import NATURAL_SHIFTS
+from gcnet.store import Store, read_json, write_json
+from gcnet.structured import StructuredPruning, load_structured, structured_prune, torch_pruning
+from gcnet.study import Study
+from gcnet.training import train
+
+VERSIONS = {"structured": 1, "structured_shift": 1, "structured_latency": 1}
+
+# Methods that torch-pruning brings, and what the figures call them.
+PEERS = {"tp_magnitude": "magnitude (torch-pruning)", "tp_taylor": "Taylor (torch-pruning)", "tp_random": "random"}
+
+
+@dataclass(frozen=True)
+class StructuredCell:
+    """One smaller network: method (a hybrid, or a torch-pruning importance), share of MACs left, seed."""
+
+    method: str
+    macs: float
+    seed: int
+
+    @property
+    def is_dense(self) -> bool:
+        return self.method == "none"
+
+
+def structured_cells(study: Study) -> list[StructuredCell]:
+    """Per seed the dense network, then every method at every share of MACs."""
+    found = []
+    for seed in study.seeds:
+        found.append(StructuredCell("none", 1.0, seed))
+        found += [StructuredCell(m, share, seed) for share in study.structured_macs for m in study.structured_methods]
+    return found
+
+
+def _importance(study: Study, cell: StructuredCell, net: nn.Sequential) -> Any:
+    """torch-pruning's importance of a peer method; Taylor's gradients are left in the network."""
+    importances = torch_pruning().importance
+    if cell.method == "tp_magnitude":
+        return importances.GroupMagnitudeImportance(p=2)
+    if cell.method == "tp_random":
+        torch.manual_seed(cell.seed)
+        return importances.RandomImportance()
+    net.zero_grad(set_to_none=True)
+    train_set = cells.splits(study).train
+    count = min(1024, len(train_set))
+    chosen = train_set.take(data.stratified(train_set.labels, count, study.split_seed + 5)[1])
+    net.eval()
+    for images, labels in cells.normalized_batches(net, chosen):
+        loss = nn.functional.cross_entropy(net[1](images), labels, reduction="sum") / count
+        loss.backward()
+    return importances.GroupTaylorImportance()
+
+
+def smaller(study: Study, cell: StructuredCell) -> StructuredPruning:
+    """The smaller network of a cell, without fine-tuning."""
+    net = cells.dense(study, cell.seed)
+    batches: list[tuple[Tensor, Tensor]] = [(cells.example_input(study), torch.zeros(1, dtype=torch.int64))]
+    common: dict[str, Any] = {
+        "macs": cell.macs,
+        "ranking": study.structured_ranking,
+        "round_to": study.structured_round_to,
+        "graph": cells.graph(study, net[1]),
+        "seed": cell.seed,
+    }
+    if cell.method in PEERS:
+        return structured_prune(net[1], batches, importance=_importance(study, cell, net), **common)
+    matrices = {}
+    if cell.method != "direct":
+        matrices = cells.connectivity_matrices(study, cell.seed, study.structured_similarity)
+    return structured_prune(net[1], batches, hybrid=cell.method, connectivity=matrices, **common)
+
+
+def _inputs(study: Study, cell: StructuredCell) -> dict[str, Any]:
+    guided = cell.method not in PEERS and cell.method != "direct"
+    similarity = study.structured_similarity
+    return {
+        "version": VERSIONS["structured"],
+        "dense": Store.key("dense", cells._dense_inputs(study, cell.seed)),
+        "connectivity": (
+            Store.key("connectivity", cells._connectivity_inputs(study, cell.seed, similarity)) if guided else None
+        ),
+        **asdict(cell),
+        "ranking": study.structured_ranking,
+        "round_to": study.structured_round_to,
+        "finetune_epochs": study.structured_finetune_epochs,
+        "finetune_lr": study.structured_finetune_lr,
+        "precision": cells.precision(study),
+    }
+
+
+def structured_folder(study: Study, cell: StructuredCell) -> Path:
+    """The folder of a smaller, fine-tuned network: what `save_structured` writes, the masks, and `cell.json`."""
+
+    def compute(folder: Path) -> None:
+        pruning = smaller(study, cell)
+        sets, how = cells.splits(study), cells.precision(study)
+        net = nn.Sequential(cells.network(study, cell.seed)[0].to(cells.pick_device(study.device)), pruning.network)
+        before = score(net, sets.test, precision=how)
+        tuning = replace(
+            cells.recipe(study), epochs=study.structured_finetune_epochs, lr=study.structured_finetune_lr,
+            schedule="one_cycle",
+        )  # fmt: skip
+        checkpoint = folder / "checkpoint.pt"
+        train(net, sets.train, tuning, seed=cell.seed, precision=how, checkpoint=checkpoint)
+        checkpoint.unlink(missing_ok=True)
+        after = score(net, sets.test, precision=how)
+        pruning.save(folder)
+        report = pruning.report
+        result = {
+            **asdict(cell),
+            **{name: report[name] for name in ("macs_dense", "parameters_dense", "parameters", "layers", "frozen")},
+            "macs_left": report["macs"],
+            "accuracy_before": before["accuracy"],
+            "accuracy": after["accuracy"],
+            "ece": after["ece"],
+        }
+        write_json(folder / "cell.json", result)
+
+    return Store().once("structured", _inputs(study, cell), compute)
+
+
+def cell_result(study: Study, cell: StructuredCell) -> dict[str, Any]:
+    """The facts of a smaller network: macs_dense, macs_left, parameters, accuracy before and after, layers, frozen."""
+    return read_json(structured_folder(study, cell) / "cell.json")
+
+
+def structured_network(study: Study, cell: StructuredCell) -> nn.Sequential:
+    """The fine-tuned smaller network of a cell behind its normalisation, in eval mode on the study's device."""
+    if cell.is_dense:
+        return cells.dense(study, cell.seed)
+    net = cells.network(study, cell.seed)
+    load_structured(net[1], structured_folder(study, cell))
+    return net.to(cells.pick_device(study.device)).eval()
+
+
+def structured_shift_rows(study: Study, cell: StructuredCell) -> list[dict[str, Any]]:
+    """Clean, corrupted and natural-shift scores of a cell: shift, severity, accuracy, ece, images; severity 0 clean."""
+    if cell.is_dense:
+        return cells.shift_rows(study, cells.Cell("none", "none", "none", 0.0, cell.seed))
+    inputs = {
+        "version": VERSIONS["structured_shift"],
+        "cell": Store.key("structured", _inputs(study, cell)),
+        **study.only("split_seed", "shift_images", "severity_table", "severities", "natural_shifts"),
+        "shifts": list(study.corruptions),
+        "corrupted": cells.VERSIONS["corrupted"],
+        "source": "CIFAR-10-C" if cells._published_corruptions(study) else None,
+    }
+
+    def compute(folder: Path) -> None:
+        net, how = structured_network(study, cell), cells.precision(study)
+        test, subset = cells.splits(study).test, cells.shift_images(study)
+        rows = [{"shift": "clean", "severity": 0, **score(net, test, precision=how)}]
+        for name in study.corruptions:
+            for severity in study.severities:
+                images = cells.corrupted_images(study, name, severity)
+                shifted = data.Dataset(test.name, images, subset.labels, test.classes)
+                rows.append({"shift": name, "severity": severity, **score(net, shifted, precision=how)})
+        for name in study.natural_shifts:
+            natural = data.load_test(NATURAL_SHIFTS[name][0], image_size=study.image_size, channels=study.channels)
+            rows.append({"shift": name, "severity": 1, **score(net, natural, precision=how)})
+        write_json(folder / "shift.json", rows)
+
+    return read_json(Store().once("structured_shift", inputs, compute) / "shift.json")
+
+
+def latency_networks(study: Study, seed: int) -> dict[str, nn.Module]:
+    """{name: network} of one seed: the dense one, then each smaller one that differs in its widths."""
+    networks: dict[str, nn.Module] = {"dense": cells.dense(study, seed)[1]}
+    seen: set[tuple[int, ...]] = set()
+    for cell in structured_cells(study):
+        if cell.seed != seed or cell.is_dense:
+            continue
+        network = structured_network(study, cell)[1]
+        widths = tuple(size for parameter in network.parameters() for size in parameter.shape)
+        if widths not in seen:
+            seen.add(widths)
+            networks[f"{cell.method} at {cell.macs:.0%}"] = network
+    return networks
+
+
+def structured_latency_rows(study: Study) -> list[dict[str, Any]]:
+    """Rows of `gcnet.cost.latency` for the first seed's networks, dense and smaller in turn, plus their MAC ratios."""
+    seed = study.seeds[0]
+    chosen = [cell for cell in structured_cells(study) if cell.seed == seed and not cell.is_dense]
+    inputs = {
+        "version": VERSIONS["structured_latency"],
+        "cells": [Store.key("structured", _inputs(study, cell)) for cell in chosen],
+        "batches": list(study.structured_latency_batches),
+        "variants": list(study.structured_latency_variants),
+        "threads": torch.get_num_threads(),
+        "device": str(cells.pick_device(study.device)),
+    }
+
+    def compute(folder: Path) -> None:
+        networks, example = latency_networks(study, seed), cells.example_input(study)
+        counts = {name: cost.macs(network, example) for name, network in networks.items()}
+        rows = cost.latency(
+            networks, example, batch_sizes=study.structured_latency_batches,
+            variants=study.structured_latency_variants,
+        )  # fmt: skip
+        for row in rows:
+            row |= {"macs": counts[row["network"]], "macs_ratio": counts[row["network"]] / counts["dense"]}
+        write_json(folder / "latency.json", rows)
+
+    return read_json(Store().once("structured_latency", inputs, compute) / "latency.json")
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def accuracy_table(study: Study) -> pd.DataFrame:
+    """structured_accuracy.csv: one row a cell; the dense network is method `none`, macs_share 1."""
+    rows = []
+    for cell in structured_cells(study):
+        shifts = pd.DataFrame(structured_shift_rows(study, cell))
+        row = {"method": cell.method, "macs_share": cell.macs, "seed": cell.seed}
+        if cell.is_dense:
+            network, example = cells.dense(study, cell.seed)[1], cells.example_input(study)
+            row |= {"macs": cost.macs(network, example), "parameters": cost.parameters(network)}
+            row["accuracy_before"] = row["accuracy"] = shifts[shifts.severity == 0].accuracy.iloc[0]
+        else:
+            result = cell_result(study, cell)
+            row |= {"macs": result["macs_left"], "parameters": result["parameters"]}
+            row |= {name: result[name] for name in ("accuracy_before", "accuracy")}
+        row["shifted"] = shifts[shifts.severity > 0].accuracy.mean()
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def shift_table(study: Study) -> pd.DataFrame:
+    """structured_shift_accuracy.csv: one row a cell, shift and severity (0 = the clean test set)."""
+    return pd.DataFrame(
+        [
+            {"method": cell.method, "macs_share": cell.macs, "seed": cell.seed,
+             **{name: row[name] for name in ("shift", "severity", "accuracy", "ece")}}
+            for cell in structured_cells(study)
+            for row in structured_shift_rows(study, cell)
+        ]
+    )  # fmt: skip
+
+
+CLAIM = ("structured-1", "this project", "Ghost guidance of filters is at least as accurate under shift as {}.")
+
+
+def claims_table(study: Study, shifts: pd.DataFrame, margin: float = 0.005) -> pd.DataFrame:
+    """structured_claims.csv, with the columns of claims.csv: each hybrid of the ghost against each other method.
+
+    Differences in accuracy under shift at the same share of MACs, seed, shift and severity. margin: the loss that
+    "at least as accurate" tolerates.
+    """
+    ours = [m for m in study.structured_methods if m not in PEERS and m != "direct"]
+    others = [m for m in study.structured_methods if m not in ours]
+    rows = []
+    for share in study.structured_macs:
+        part = shifts[(shifts.severity > 0) & (shifts.macs_share == share)]
+        wide = part.pivot_table(index="seed", columns=["method", "shift", "severity"], values="accuracy")
+        for mine in ours:
+            for other in others:
+                interval = bootstrap((wide[mine] - wide[other]).to_numpy())
+                rows.append(
+                    {
+                        "claim": CLAIM[0],
+                        "source": CLAIM[1],
+                        "statement": CLAIM[2].format(PEERS.get(other, "direct scoring by |weight|")),
+                        "measure": f"accuracy under shift, difference: {mine} - {other}",
+                        "estimate": interval.estimate,
+                        "ci_low": interval.low,
+                        "ci_high": interval.high,
+                        "n": interval.n,
+                        "verdict": verdict(interval, margin=margin),
+                        "macs_share": share,
+                    }
+                )
+    columns = ["claim", "source", "statement", "measure", "estimate", "ci_low", "ci_high", "n", "verdict", "macs_share"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+# --- stages of the sweep --------------------------------------------------------------------------------------------
+
+
+def run_structured(study: Study, cell: StructuredCell) -> str:
+    if not cell.is_dense:
+        structured_folder(study, cell)
+    structured_shift_rows(study, cell)
+    return f"{cell.method} {cell.macs:g} seed {cell.seed}"
+
+
+def run_connectivity(study: Study, seed: int) -> str:
+    cells.connectivity_matrices(study, seed, study.structured_similarity)
+    return f"connectivity seed {seed}"
+
+
+def stages(study: Study) -> Iterator[tuple[str, list[tuple]]]:
+    """What notebook 10 needs. The latency is measured by the notebook itself: alone, with all threads."""
+    if any(m not in PEERS and m != "direct" for m in study.structured_methods):
+        yield "connectivity", [(run_connectivity, study, seed) for seed in study.seeds]
+    yield "smaller networks", [(run_structured, study, cell) for cell in structured_cells(study)]
