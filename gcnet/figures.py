@@ -446,6 +446,32 @@ def calibration(shifts: pd.DataFrame) -> Figure:
     return figure
 
 
+def pareto(rows: pd.DataFrame, title: str) -> Figure:
+    """Accuracy under corruption against the multiply-accumulates left: one marker a method, bars over seeds."""
+    rows = rows[rows.shift_family == "corrupted"]
+    systems = list(dict.fromkeys(rows.system))
+    colors = dict(zip(systems, sns.color_palette("colorblind", len(systems)), strict=True))
+    markers = dict(zip(systems, ("*", "o", "s", "D", "^", "v", "P", "X", "<"), strict=False))
+    figure, axis = plt.subplots(figsize=(7, 4.2))
+    means = rows.groupby(["system", "method", "sparsity"], sort=False)[["macs", "accuracy"]].agg(["mean", "std"])
+    for (system, _, _), point in means.iterrows():
+        spread = 100 * np.nan_to_num(point["accuracy", "std"])
+        axis.errorbar(
+            100 * point["macs", "mean"], 100 * point["accuracy", "mean"], yerr=spread,
+            fmt=markers[system], color=colors[system], ms=10 if system == "dense" else 5, lw=1, alpha=0.85,
+        )  # fmt: skip
+    best = means.reset_index().sort_values(("macs", "mean"))
+    front = best[best["accuracy", "mean"] >= best["accuracy", "mean"].cummax()]
+    axis.step(100 * front["macs", "mean"], 100 * front["accuracy", "mean"], where="post", color="0.6", lw=1, zorder=0)
+    handles = [plt.Line2D([], [], color=colors[s], marker=markers[s], lw=0, label=s) for s in systems]
+    handles.append(plt.Line2D([], [], color="0.6", lw=1, label="best so far"))
+    axis.legend(handles=handles, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    axis.set_xlabel("multiply-accumulates left, % of the dense network (masks: theoretical)")
+    axis.set_ylabel(f"accuracy under corruption, % (± std, {rows.seed.nunique()} seeds)")
+    axis.set_title(title)
+    return figure
+
+
 def ablations(table: pd.DataFrame) -> Figure:
     """What flipping each choice does to accuracy, clean and under shift, in points with intervals."""
     look = {"clean": ("#0072B2", "o", 0.15), "shifted": ("#D55E00", "s", -0.15)}
