@@ -35,7 +35,7 @@ def training_step(quick: bool) -> dict[str, Any]:
     gated = gate(model, torch.zeros(1, 3, 32, 32, device=device), r=0.9)
     plain_net, gated_net = (nn.Sequential(Normalize(MEAN, STD).to(device), net) for net in (model, gated))
     spent: dict[str, list[float]] = {"plain": [], "gated": []}
-    for repeat in range(3 if quick else 8):
+    for repeat in range(3 if quick else 5):
         for name in ("plain", "gated"):
             started = time.perf_counter() if device == "cuda" else time.process_time()
             if name == "plain":
@@ -113,6 +113,9 @@ def gathering(inputs: int, outputs: int, size: int, share: float, quick: bool) -
         chosen = (on.int()[:, None] * inputs + columns.int()).view(-1)
         return one(pairs).index_select(0, chosen).view(len(on), len(columns), 3, 3)
 
+    def rows_only(_: Tensor) -> Tensor:
+        return F.conv2d(x, one(weights).index_select(0, on), padding=1)
+
     def unfolded(x: Tensor) -> Tensor:
         return F.unfold(x, 3, padding=1)[0]
 
@@ -122,9 +125,7 @@ def gathering(inputs: int, outputs: int, size: int, share: float, quick: bool) -
         "gather rows, then columns; convolution, channels last": lambda _: twice(last),
         "gather pairs; convolution (used for many positions)": lambda _: F.conv2d(some, chunks(some), padding=1),
         "gather pairs; matrix product (used for few positions)": lambda _: chunks(some).flatten(1) @ unfolded(some),
-        "gather rows only; convolution of all channels": lambda _: F.conv2d(
-            x, one(weights).index_select(0, on), padding=1
-        ),
+        "gather rows only; convolution of all channels": rows_only,
         "gather inputs of transposed weights; matrix product": lambda _: unfolded(some).t()
         @ one(by_input).index_select(0, columns).view(-1, outputs),
     }  # fmt: skip

@@ -1,0 +1,131 @@
+"""Notebook 08's computations on a small study: once, what they hold, the tables and the claims made of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from gcnet import ftwt_cells as ftwt
+from gcnet.cells import dense, normalized_batches, splits
+from gcnet.dynamic import measure
+from gcnet.ftwt_cells import GatedCell, claims_table, gated_cells, gated_network, gated_result, gated_shift_rows, stages
+from gcnet.study import Study
+
+STUDY = Study.create(
+    study="small", dataset="digits", channels=1, network="resnet20", width=0.25, seeds=[0], epochs=1, batch_size=40,
+    train_images=120, crop_padding=0, flip=False, pruners=["l1"], sparsities=[0.8], guidance={"pearson": ["B25"]},
+    ftwt_r=[0.8], ftwt_joint_r=[0.8], ftwt_epochs=1, ftwt_latency_sizes=[32], ftwt_latency_batches=[1],
+    shifts=["contrast"], severities=[5], shift_images=40, device="cpu", precision="float32",
+)  # fmt: skip
+DECOUPLED, JOINT, STATIC = gated_cells(STUDY)
+
+
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store in which every stage was run once."""
+    root = tmp_path_factory.mktemp("computed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GCNET_RUNS", str(root))
+        for _, tasks in stages(STUDY):
+            for function, study, argument in tasks:
+                assert isinstance(function(study, argument), str)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def store(computed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GCNET_RUNS", str(computed))
+
+
+def test_everything_is_there_after_the_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("this was computed before")
+
+    for name in ("train", "train_gated", "estimate_flops", "measure", "time_ms"):
+        monkeypatch.setattr(ftwt, name, fail)
+    monkeypatch.setattr(ftwt, "shift_rows", lambda *_: [{"severity": 0, "accuracy": 0.5, "ece": 0.1}])
+    accuracies = ftwt.accuracy_table(STUDY)
+    assert accuracies["mode"].tolist() == ["none", "decoupled", "joint", "l1_filter"]
+    assert list(accuracies)[:8] == [
+        "network", "r", "mode", "seed", "accuracy", "macs_reduction", "macs_reduction_authors", "mask_accuracy",
+    ]  # fmt: skip
+    estimates, shifts = ftwt.estimate_table(STUDY, accuracies), ftwt.shift_table(STUDY)
+    assert list(estimates)[:4] == ["network", "r", "estimated", "measured"] and len(estimates) == 2
+    assert len(shifts) == 3 * 2 and ftwt.unstructured_table(STUDY).empty
+    assert list(ftwt.latency_table(STUDY))[:7] == [
+        "network", "r", "batch", "threads", "dense_ms", "dynamic_ms", "ratio",
+    ]  # fmt: skip
+    layers = ftwt.layer_table(STUDY)
+    assert ((layers.k_low <= layers.k) & (layers.k <= layers.k_high) & (layers.k >= 1)).all()
+    shares = ftwt.class_shares(STUDY, DECOUPLED)
+    assert shares.shape == (10, 21) and shares.to_numpy().min() > 0 and shares.to_numpy().max() <= 1
+    claims = claims_table(STUDY, accuracies, estimates, shifts)
+    assert claims.claim.tolist() == ["ftwt-1", "ftwt-2", "ftwt-2", "ftwt-3", "ftwt-3"] and (claims.n == 1).all()
+
+
+def test_a_stored_network_is_the_one_that_was_measured() -> None:
+    for cell in (DECOUPLED, STATIC):
+        net, result, test = gated_network(STUDY, cell), gated_result(STUDY, cell), splits(STUDY).test
+        firing = measure(net[1], normalized_batches(net, test))
+        right = (firing.logits.argmax(1) == test.labels).float().mean().item()
+        assert result["accuracy"] == pytest.approx(right)
+        assert result["filters_used"] == pytest.approx(
+            firing.k.double().sum(1).mean().item() / sum(firing.filters)
+        )  # fmt: skip
+        assert gated_shift_rows(STUDY, cell)[0]["accuracy"] == result["accuracy"]
+
+
+def test_the_static_peer_costs_at_most_as_much_and_pays_for_no_heads() -> None:
+    dynamic, static = gated_result(STUDY, DECOUPLED), gated_result(STUDY, STATIC)
+    assert static["macs"] <= dynamic["macs"]
+    assert static["macs"] > 0.9 * dynamic["macs"]
+    assert static["mask_accuracy"] is None
+    assert all(layer["k_low"] == layer["k_high"] for layer in static["layers"])
+
+
+def test_training_starts_from_the_dense_network_and_leaves_it() -> None:
+    before, after = dense(STUDY, 0)[1].state_dict(), gated_network(STUDY, DECOUPLED)[1].network.state_dict()
+    assert before["features.0.weight"].shape == after["features.0.conv.weight"].shape
+    assert not torch.equal(before["features.0.weight"], after["features.0.conv.weight"])
+
+
+def test_a_claim_needs_the_difference_to_lie_above_its_margin() -> None:
+    rows = [
+        {"mode": mode, "r": 0.9, "seed": seed, "accuracy": value, "macs_reduction": 0.5}
+        for seed in range(3)
+        for mode, value in (("decoupled", 0.9), ("joint", 0.8), ("l1_filter", 0.95))
+    ]
+    accuracies = pd.DataFrame(rows)
+    estimates = pd.DataFrame(
+        [{"mode": "decoupled", "r": 0.9, "seed": s, "estimated": 0.5, "measured": 0.4} for s in range(3)]
+    )
+    shifts = accuracies.assign(shift="fog", severity=1)
+    claims = claims_table(STUDY, accuracies, estimates, shifts)
+    assert claims.verdict.tolist() == ["contradicted", "contradicted", "contradicted", "supported", "supported"]
+    assert claims.estimate.round(6).tolist() == [-0.1, -0.05, -0.05, 0.1, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"ftwt_r": [0.0]}, r"r 0.0 is outside \(0, 1\]"),
+        ({"ftwt_r": [1.2]}, r"r 1.2 is outside"),
+        ({"ftwt_r": []}, "ftwt_r"),
+        ({"ftwt_joint_r": [0.5]}, "0.5 is not in ftwt_r"),
+        ({"ftwt_head_cooldown": 2}, "ftwt_head_cooldown"),
+        ({"ftwt_head_pool": "median"}, "ftwt_head_pool"),
+    ],
+)
+def test_parameters_out_of_range(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Study.create(**values)
+
+
+def test_cells_name_every_mode_once_a_seed() -> None:
+    study = Study()
+    found = gated_cells(study)
+    assert len(set(found)) == len(found) == len(study.seeds) * (2 * len(study.ftwt_r) + len(study.ftwt_joint_r))
+    assert GatedCell("joint", study.ftwt_joint_r[0], study.seeds[0]) in found
