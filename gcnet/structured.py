@@ -403,8 +403,8 @@ def _cut_to(
         return choose(low)
     if left(choose(high)) > target:
         raise ValueError(
-            f"macs={target:.3g} of the dense network's cannot be reached, the least is {left(choose(high)):.3g}: filters "
-            "stay at the output and where they cannot be removed, and groups no wider than round_to stay whole"
+            f"macs={target:.3g} of the dense network's cannot be reached, the least is {left(choose(high)):.3g}: "
+            "filters stay at the output and where they cannot be removed, and groups no wider than round_to stay whole"
         )
     for _ in range(24):
         middle = (low + high) / 2
