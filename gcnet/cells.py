@@ -439,37 +439,45 @@ def drift_rows(study: Study, seed: int, severity: int = 3) -> list[dict[str, Any
     return read_json(Store().once("drift", inputs, compute) / "drift.json")
 
 
-def shift_rows(study: Study, cell: Cell) -> list[dict[str, Any]]:
-    """Clean, corrupted and natural-shift scores of a cell: shift, severity, accuracy, ece, images.
-
-    Severity 0 is the whole clean test set; natural shifts stand at severity 1.
-    """
-    made_of = Store.key("cell", _cell_inputs(study, cell))
-    if cell.is_dense:
-        made_of = Store.key("dense", _dense_inputs(study, cell.seed))
-    inputs = {
-        "version": VERSIONS["shift"],
+def shift_inputs(study: Study) -> dict[str, Any]:
+    """What scores under shift depend on beside the network: part of the key of every such entry."""
+    return {
         "corrupted": VERSIONS["corrupted"] if VERSIONS["corrupted"] > 1 else None,
-        "cell": made_of,
         **study.only("split_seed", "shift_images", "severity_table", "severities", "natural_shifts"),
         "shifts": list(study.corruptions),
         "source": "CIFAR-10-C" if _published_corruptions(study) else None,
     }
 
+
+def rows_under_shift(study: Study, facts: Callable[[data.Dataset], dict[str, Any]]) -> list[dict[str, Any]]:
+    """shift, severity and `facts(images)` for the clean test set, every corrupted set and every natural shift.
+
+    Severity 0 is the whole clean test set; natural shifts stand at severity 1.
+    """
+    test, subset = splits(study).test, shift_images(study)
+    rows = [{"shift": "clean", "severity": 0, **facts(test)}]
+    for name in study.corruptions:
+        for severity in study.severities:
+            images = corrupted_images(study, name, severity)
+            shifted = data.Dataset(test.name, images, subset.labels, test.classes)
+            rows.append({"shift": name, "severity": severity, **facts(shifted)})
+    for name in study.natural_shifts:
+        natural = data.load_test(NATURAL_SHIFTS[name][0], image_size=study.image_size, channels=study.channels)
+        if study.classes:
+            natural = natural.first_classes(study.classes)
+        rows.append({"shift": name, "severity": 1, **facts(natural)})
+    return rows
+
+
+def shift_rows(study: Study, cell: Cell) -> list[dict[str, Any]]:
+    """Scores of a cell under every shift, see `rows_under_shift`: shift, severity, accuracy, ece, images."""
+    made_of = Store.key("cell", _cell_inputs(study, cell))
+    if cell.is_dense:
+        made_of = Store.key("dense", _dense_inputs(study, cell.seed))
+    inputs = {"version": VERSIONS["shift"], "cell": made_of, **shift_inputs(study)}
+
     def compute(folder: Path) -> None:
         net, how = pruned_network(study, cell), precision(study)
-        test, subset = splits(study).test, shift_images(study)
-        rows = [{"shift": "clean", "severity": 0, **score(net, test, precision=how)}]
-        for name in study.corruptions:
-            for severity in study.severities:
-                images = corrupted_images(study, name, severity)
-                shifted = data.Dataset(test.name, images, subset.labels, test.classes)
-                rows.append({"shift": name, "severity": severity, **score(net, shifted, precision=how)})
-        for name in study.natural_shifts:
-            natural = data.load_test(NATURAL_SHIFTS[name][0], image_size=study.image_size, channels=study.channels)
-            if study.classes:
-                natural = natural.first_classes(study.classes)
-            rows.append({"shift": name, "severity": 1, **score(net, natural, precision=how)})
-        write_json(folder / "shift.json", rows)
+        write_json(folder / "shift.json", rows_under_shift(study, lambda images: score(net, images, precision=how)))
 
     return read_json(Store().once("shift", inputs, compute) / "shift.json")

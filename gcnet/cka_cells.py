@@ -22,20 +22,19 @@ from gcnet.cells import (
     TRAINING,
     _loaded,
     _save_model,
-    corrupted_images,
     example_input,
     network,
     normalized_batches,
     precision,
     recipe,
-    shift_images,
+    rows_under_shift,
+    shift_inputs,
     splits,
 )
 from gcnet.cka import CKASparsityRegularizer, epsilon_sparsity, find_stages, minibatch_cka
 from gcnet.evaluation import Interval, bootstrap, score, verdict
 from gcnet.hybrid import ghost_prune
 from gcnet.pruning import Masks, apply_masks
-from gcnet.shifts import NATURAL_SHIFTS
 from gcnet.sparse_training import magnitude_rewinding, sparse_train
 from gcnet.store import Store, read_json, write_json
 from gcnet.study import Study
@@ -344,23 +343,12 @@ def shifted(study: Study, run: Run) -> list[dict[str, Any]]:
     inputs = {
         "version": VERSIONS["cka_shift"],
         "run": Store.key("cka_run", _inputs(study, run)),
-        **study.only("split_seed", "shift_images", "severity_table", "severities", "natural_shifts"),
-        "shifts": list(study.corruptions),
+        **shift_inputs(study),
     }
 
     def compute(folder: Path) -> None:
         net, how = run_network(study, run)[0], precision(study)
-        test, subset = splits(study).test, shift_images(study)
-        rows = [{"shift": "clean", "severity": 0, **score(net, test, precision=how)}]
-        for name in study.corruptions:
-            for severity in study.severities:
-                images = corrupted_images(study, name, severity)
-                moved = data.Dataset(test.name, images, subset.labels, test.classes)
-                rows.append({"shift": name, "severity": severity, **score(net, moved, precision=how)})
-        for name in study.natural_shifts:
-            natural = data.load_test(NATURAL_SHIFTS[name][0], image_size=study.image_size, channels=study.channels)
-            rows.append({"shift": name, "severity": 1, **score(net, natural, precision=how)})
-        write_json(folder / "shift.json", rows)
+        write_json(folder / "shift.json", rows_under_shift(study, lambda images: score(net, images, precision=how)))
 
     return read_json(Store().once("cka_shift", inputs, compute) / "shift.json")
 

@@ -22,7 +22,6 @@ from gcnet.hybrid import hybrid_masks
 from gcnet.information import acmi, check_groups, mint_gmi
 from gcnet.pruning import Masks, apply_masks, sparsity, summary
 from gcnet.removal import dead_filters, remove_filters, silenced
-from gcnet.shifts import NATURAL_SHIFTS
 from gcnet.snacs import (
     LayerPair,
     block_masks,
@@ -352,27 +351,12 @@ def shift_rows(study: Study, cell: SnacsCell) -> list[dict[str, Any]]:
     """Clean, corrupted and natural-shift scores of a cell: shift, severity, accuracy, ece, images."""
     if cell.method == "none":
         return cells.shift_rows(study, cells.Cell("none", "none", "none", 0.0, cell.seed))
-    inputs = {
-        "version": VERSIONS["snacs_shift"],
-        "corrupted": cells.VERSIONS["corrupted"] if cells.VERSIONS["corrupted"] > 1 else None,
-        "cell": Store.key("snacs_cell", _cell_inputs(study, cell)),
-        **study.only("split_seed", "shift_images", "severity_table", "severities", "natural_shifts"),
-        "shifts": list(study.corruptions),
-        "source": "CIFAR-10-C" if cells._published_corruptions(study) else None,
-    }
+    cell_key = Store.key("snacs_cell", _cell_inputs(study, cell))
+    inputs = {"version": VERSIONS["snacs_shift"], "cell": cell_key, **cells.shift_inputs(study)}
 
     def compute(folder: Path) -> None:
         net, how = cells._loaded(study, cell.seed, cell_folder(study, cell)), cells.precision(study)
-        test, subset = cells.splits(study).test, cells.shift_images(study)
-        rows = [{"shift": "clean", "severity": 0, **score(net, test, precision=how)}]
-        for name in study.corruptions:
-            for severity in study.severities:
-                shifted = cells.corrupted_images(study, name, severity)
-                part = data.Dataset(test.name, shifted, subset.labels, test.classes)
-                rows.append({"shift": name, "severity": severity, **score(net, part, precision=how)})
-        for name in study.natural_shifts:
-            natural = data.load_test(NATURAL_SHIFTS[name][0], image_size=study.image_size, channels=study.channels)
-            rows.append({"shift": name, "severity": 1, **score(net, natural, precision=how)})
+        rows = cells.rows_under_shift(study, lambda images: score(net, images, precision=how))
         write_json(folder / "shift.json", rows)
 
     return read_json(Store().once("snacs_shift", inputs, compute) / "shift.json")

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from gcnet import cells, cost, data
 from gcnet.evaluation import bootstrap, score, verdict
-from gcnet.shifts import NATURAL_SHIFTS
 from gcnet.store import Store, read_json, write_json
 from gcnet.structured import StructuredPruning, load_structured, structured_prune, torch_pruning
 from gcnet.study import Study
@@ -152,27 +151,12 @@ def structured_shift_rows(study: Study, cell: StructuredCell) -> list[dict[str, 
     """Clean, corrupted and natural-shift scores of a cell: shift, severity, accuracy, ece, images; severity 0 clean."""
     if cell.is_dense:
         return cells.shift_rows(study, cells.Cell("none", "none", "none", 0.0, cell.seed))
-    inputs = {
-        "version": VERSIONS["structured_shift"],
-        "cell": Store.key("structured", _inputs(study, cell)),
-        **study.only("split_seed", "shift_images", "severity_table", "severities", "natural_shifts"),
-        "shifts": list(study.corruptions),
-        "corrupted": cells.VERSIONS["corrupted"],
-        "source": "CIFAR-10-C" if cells._published_corruptions(study) else None,
-    }
+    cell_key = Store.key("structured", _inputs(study, cell))
+    inputs = {"version": VERSIONS["structured_shift"], "cell": cell_key, **cells.shift_inputs(study)}
 
     def compute(folder: Path) -> None:
         net, how = structured_network(study, cell), cells.precision(study)
-        test, subset = cells.splits(study).test, cells.shift_images(study)
-        rows = [{"shift": "clean", "severity": 0, **score(net, test, precision=how)}]
-        for name in study.corruptions:
-            for severity in study.severities:
-                images = cells.corrupted_images(study, name, severity)
-                shifted = data.Dataset(test.name, images, subset.labels, test.classes)
-                rows.append({"shift": name, "severity": severity, **score(net, shifted, precision=how)})
-        for name in study.natural_shifts:
-            natural = data.load_test(NATURAL_SHIFTS[name][0], image_size=study.image_size, channels=study.channels)
-            rows.append({"shift": name, "severity": 1, **score(net, natural, precision=how)})
+        rows = cells.rows_under_shift(study, lambda images: score(net, images, precision=how))
         write_json(folder / "shift.json", rows)
 
     return read_json(Store().once("structured_shift", inputs, compute) / "shift.json")
