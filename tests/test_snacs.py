@@ -206,17 +206,21 @@ def test_first_and_last_rule(monkeypatch: pytest.MonkeyPatch) -> None:
         operating_limits(pairs, scores, labels, rule="firs")
 
 
-def test_the_classifier_is_scikit_learns() -> None:
+@pytest.mark.parametrize("classes", [2, 3, 6])
+def test_the_classifier_is_scikit_learns(classes: int) -> None:
     from sklearn.svm import SVC
 
-    model, batches = separable()
-    pairs, labels = layer_pairs(model, batches)
-    rho = pairs[1].weight.abs()
-    _, curves = operating_limits(pairs[1:2], {pairs[1].layer: rho}, labels, grid=(0.5, 0.9))
-    whole = pairs[1].child.clamp_min(0).double().numpy()
-    classifier = SVC().fit(whole, labels.numpy())
-    left = pairs[1].activations(~lowest(rho, int(0.5 * rho.numel()))).clamp_min(0).double().numpy()
-    assert curves[pairs[1].layer][0] == pytest.approx(classifier.score(left, labels.numpy()), abs=0.01)
+    generator = torch.Generator().manual_seed(classes)
+    y = torch.arange(120) % classes
+    x = torch.randn(120, 5, generator=generator) + 2 * torch.randn(classes, 5, generator=generator)[y]
+    model = Chain(5, 8, 6, classes)
+    pairs, labels = layer_pairs(model, [(x, y)])
+    rho = pairs[0].weight.abs()
+    _, curves = operating_limits(pairs[:1], {pairs[0].layer: rho}, labels, grid=(0.1, 0.5, 0.8))
+    classifier = SVC().fit(pairs[0].child.clamp_min(0).double().numpy(), labels.numpy())
+    for share, found in zip((0.1, 0.5, 0.8), curves[pairs[0].layer], strict=True):
+        left = pairs[0].activations(~lowest(rho, int(share * rho.numel()))).clamp_min(0).double().numpy()
+        assert found == pytest.approx(classifier.score(left, labels.numpy()), abs=0.01)
 
 
 # --- sensitivity and pruning ----------------------------------------------------------------------------------------
