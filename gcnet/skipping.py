@@ -9,6 +9,7 @@ import copy
 import operator
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -237,7 +238,8 @@ def dense_layouts(model: nn.Module, image: Tensor) -> dict[str, Callable[[Tensor
     """
     contiguous = fold_batchnorm(model, image)
     last = copy.deepcopy(contiguous).to(memory_format=torch.channels_last)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, but still the fastest where it is there
         frozen = torch.jit.freeze(torch.jit.trace(last, image.contiguous(memory_format=torch.channels_last)))
     return {
         "contiguous": contiguous,

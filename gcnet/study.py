@@ -102,7 +102,7 @@ class Study(BaseModel):
     cka_guided_sparsity: float = Field(0.95, ge=0, lt=1, description="GC-Net on networks trained with CKA-SR; 0 = not")
     # FTWT
     ftwt_r: tuple[float, ...] = Field(
-        (0.8, 0.92, 1.0), min_length=1, description="shares of a layer's activation that the wanted filters hold"
+        (0.8, 0.92), min_length=1, description="shares of a layer's activation that the wanted filters hold"
     )
     ftwt_joint_r: tuple[float, ...] = Field((0.92,), description="those that are trained jointly as well")
     ftwt_head_pool: Literal["max", "mean"] = "max"
@@ -110,7 +110,7 @@ class Study(BaseModel):
     ftwt_head_start: Literal["targets", "random"] = Field(
         "targets", description="biases of the heads: how often a filter is wanted by the dense network, or random"
     )
-    ftwt_epochs: int = Field(4, ge=1, description="of training with gates, from the dense network")
+    ftwt_epochs: int = Field(3, ge=1, description="of training with gates, from the dense network")
     ftwt_lr: float = Field(0.02, gt=0, description="the backbone's")
     ftwt_head_lr: float = Field(0.1, gt=0, description="the heads', constant")
     ftwt_head_cooldown: float = Field(0.5, ge=0, le=1, description="share of the epochs, the last, with frozen heads")
