@@ -14,28 +14,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gcnet.cells import (
-    CORRUPTION_SEED,
     Cell,
     _dense_inputs,
-    _published_corruptions,
     cells,
-    corrupted_images,
     dense,
     example_input,
     network,
     normalized_batches,
     precision,
     recipe,
-    shift_images,
+    rows_under_shift,
+    shift_inputs,
     shift_rows,
     splits,
 )
-from gcnet.cells import VERSIONS as BASE
 from gcnet.cells import _cell_inputs as _pruned_inputs
-from gcnet.data import Dataset, load_test, stratified
+from gcnet.data import Dataset, stratified
 from gcnet.dynamic import Firing, Gated, estimate_flops, gate, l1_filter_masks, measure, start_heads, train_gated
 from gcnet.evaluation import accuracy, bootstrap, calibration_error, verdict
-from gcnet.shifts import NATURAL_SHIFTS
 from gcnet.skipping import DynamicInference, dense_layouts, time_ms
 from gcnet.store import Store, read_json, write_json
 from gcnet.study import Study
@@ -254,16 +250,12 @@ def gated_shift_rows(study: Study, cell: GatedCell) -> list[dict[str, Any]]:
     """
     inputs = {
         "version": VERSIONS["ftwt_shift"],
-        "corrupted": BASE["corrupted"] if BASE["corrupted"] > 1 else None,
         "cell": Store.key("ftwt_cell", _cell_inputs(study, cell)),
-        **study.only("split_seed", "shift_images", "severity_table", "severities", "natural_shifts"),
-        "shifts": list(study.corruptions),
-        "corruption_seed": CORRUPTION_SEED or None,
-        "source": "CIFAR-10-C" if _published_corruptions(study) else None,
+        **shift_inputs(study),
     }
 
     def compute(folder: Path) -> None:
-        net, test, subset = gated_network(study, cell), splits(study).test, shift_images(study)
+        net = gated_network(study, cell)
         free = net[1].macs_heads if cell.mode == STATIC else 0
 
         def facts(images: Dataset) -> dict[str, Any]:
@@ -271,15 +263,7 @@ def gated_shift_rows(study: Study, cell: GatedCell) -> list[dict[str, Any]]:
             found = _facts(replace(firing, macs=firing.macs - free), images)
             return {**found, "mask_accuracy": None} if cell.mode == STATIC else found
 
-        rows = [{"shift": "clean", "severity": 0, **facts(test)}]
-        for name in study.corruptions:
-            for severity in study.severities:
-                shifted = Dataset(test.name, corrupted_images(study, name, severity), subset.labels, test.classes)
-                rows.append({"shift": name, "severity": severity, **facts(shifted)})
-        for name in study.natural_shifts:
-            natural = load_test(NATURAL_SHIFTS[name][0], image_size=study.image_size, channels=study.channels)
-            rows.append({"shift": name, "severity": 1, **facts(natural)})
-        write_json(folder / "shift.json", rows)
+        write_json(folder / "shift.json", rows_under_shift(study, facts))
 
     return read_json(Store().once("ftwt_shift", inputs, compute) / "shift.json")
 
