@@ -9,12 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch_pruning as tp
 import torchvision
 from torch import Tensor, nn
 
 import gcnet
 from gcnet import networks
+from gcnet.structured import torch_pruning
 
 
 def seconds(run: Callable[[], Any], repeats: int = 1) -> float:
@@ -27,6 +27,7 @@ def seconds(run: Callable[[], Any], repeats: int = 1) -> float:
 
 
 def graph_row(quick: bool) -> dict[str, Any]:
+    tp = torch_pruning()
     name, size = ("resnet18", 32) if quick else ("resnet152", 224)
     model, image = torchvision.models.get_model(name, weights=None), torch.zeros(1, 3, size, size)
     gcnet.layer_graph(networks.build("resnet20", 10), torch.zeros(1, 3, 32, 32))  # what is loaded on the first call
@@ -66,6 +67,7 @@ def ghost_row(quick: bool) -> dict[str, Any]:
 
 def cut_by_torch_pruning(model: nn.Module, image: Tensor, macs: float) -> nn.Module:
     """torch-pruning's own magnitude pruner at its uniform ratio that leaves at most this many MACs."""
+    tp = torch_pruning()
     head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
     position = [m is head for m in model.modules()].index(True)
     low, high, best = 0.0, 0.95, model

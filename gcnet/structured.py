@@ -367,7 +367,7 @@ def _kept_channels(model: nn.Module, groups: list[_Group], kept: list[Tensor]) -
 
 
 def _full(module: nn.Module) -> dict[str, Tensor]:
-    sizes = {"out": next(module.parameters(recurse=False), torch.empty(0)).shape[0]}
+    sizes = {"out": module.num_features if isinstance(module, _BatchNorm) else len(module.weight)}
     if isinstance(module, nn.Conv2d) and not _is_depthwise(module):
         sizes["in"] = module.in_channels
     elif isinstance(module, nn.Linear):
