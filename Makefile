@@ -14,6 +14,10 @@ OPTIONS ?=
 # `make lock` holds this pair: torch and torchvision of different builds fail at import.
 PAIR := torch==2.14.1 torchvision==0.29.2
 
+# Memory that a process has had is kept by it, in large pages: training on CPUs frees and asks for hundreds of megabytes
+# every step, and fresh pages cost more than the arithmetic on some machines (glibc only, ignored elsewhere).
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8589934592
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
