@@ -20,9 +20,9 @@ from gcnet.sweep import pool, sweep
 
 STUDY = Study.create(
     study="small", notebooks=["02", "04", "05"], dataset="digits", channels=1, network="resnet20", width=0.125,
-    seeds=[0], epochs=1, batch_size=40, train_images=120, crop_padding=0, flip=False, pruners=["l1", "random"], sparsities=[0.5],
-    guidance={"pearson": ["B25"]}, finetune_epochs=0, flops_similarities=["pearson"], shifts=["contrast"],
-    severities=[1], shift_images=30, device="cpu", precision="float32",
+    seeds=[0], epochs=1, batch_size=40, train_images=120, crop_padding=0, flip=False, pruners=["l1", "random"],
+    sparsities=[0.5], guidance={"pearson": ["B25"]}, finetune_epochs=0, flops_similarities=["pearson"],
+    shifts=["contrast"], severities=[1], shift_images=30, device="cpu", precision="float32",
 )  # fmt: skip
 LABELS = [" ".join(map(str, cell.row().values())) for cell in cells(STUDY)]
 
