@@ -59,7 +59,7 @@ def test_everything_is_there_after_the_stages(monkeypatch: pytest.MonkeyPatch) -
         "network", "r", "batch", "threads", "dense_ms", "dynamic_ms", "ratio",
     ]  # fmt: skip
     layers = ftwt.layer_table(STUDY)
-    assert ((layers.k_low <= layers.k) & (layers.k <= layers.k_high) & (layers.k >= 1)).all()
+    assert ((layers.k_low <= layers.k_high) & (layers.k >= 1) & (layers.k <= layers.filters)).all()
     shares = ftwt.class_shares(STUDY, DECOUPLED)
     assert shares.shape == (10, 5) and shares.to_numpy().min() > 0 and shares.to_numpy().max() <= 1
     claims = claims_table(STUDY, accuracies, estimates, shifts)
