@@ -84,6 +84,7 @@ def wait_for_workers(address: str, count: int) -> None:
         client.wait_for_workers(count, timeout=90)
 
 
+@pytest.mark.slow
 def test_a_dask_sweep_that_loses_a_worker_gives_the_same_results(
     serial: Path, cluster: tuple[str, list[subprocess.Popen]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,6 +118,7 @@ def test_a_scheduler_that_is_not_there_is_said_within_ten_seconds() -> None:
     assert time.perf_counter() - started < 15
 
 
+@pytest.mark.slow
 def test_submitit_jobs_give_the_same_results(serial: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GCNET_RUNS", str(tmp_path / "runs"))
     few = STUDY.model_copy(update={"sparsities": (0.5,), "pruners": ("l1",)})
