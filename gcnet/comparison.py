@@ -96,7 +96,7 @@ def comparison_table(study: Study) -> pd.DataFrame:
         for cell in (c for c in structured_cells.structured_cells(study) if not c.is_dense):
             result = structured_cells.cell_result(study, cell)
             name = {"tp_magnitude": "torch-pruning magnitude", "tp_taylor": "torch-pruning Taylor"}
-            facts = {"system": "structured", "method": f"filters: {name.get(cell.method, cell.method)}",
+            facts = {"system": "structured", "method": f"filters: {name.get(cell.method, cell.method)} ({cell.macs:g})",
                      "network": network, "sparsity": 1 - result["parameters"] / result["parameters_dense"],
                      "seed": cell.seed,
                      "seconds": _seconds(structured_cells.structured_folder(study, cell))}  # fmt: skip
@@ -109,6 +109,14 @@ def _dense_macs(study: Study) -> float:
     return float(cost.macs(cells.network(study, 0)[1], cells.example_input(study).cpu()))
 
 
+def settings(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with `level`, the sparsity in steps of five points (0 where the method's name says the setting), and
+    `macs` averaged over the seeds and families of a method and level: what makes one point of a comparison."""
+    named = rows.system.isin(("SNACS", "peer of SNACS", "FTWT", "structured"))
+    rows = rows.assign(level=((20 * rows.sparsity).round() / 20).where(~named, 0.0))
+    return rows.assign(macs=rows.groupby(["method", "level"], sort=False).macs.transform("mean"))
+
+
 def budget_table(rows: pd.DataFrame, by: str) -> pd.DataFrame:
     """Mean ± standard deviation over seeds: budget and method down; clean, corrupted, natural, MACs, seconds across.
 
@@ -116,7 +124,7 @@ def budget_table(rows: pd.DataFrame, by: str) -> pd.DataFrame:
     BUDGETS). Within a budget and family the best is bold only where the interval of its difference to the second best
     leaves 0 out.
     """
-    rows = rows[rows.system != "dense"]
+    rows = settings(rows[rows.system != "dense"])
     if by == "sparsity":
         rows = rows[~rows.system.isin(("structured", "FTWT"))]
         level = (20 * rows.sparsity).round() / 20

@@ -447,13 +447,16 @@ def calibration(shifts: pd.DataFrame) -> Figure:
 
 
 def pareto(rows: pd.DataFrame, title: str) -> Figure:
-    """Accuracy under corruption against the multiply-accumulates left: one marker a method, bars over seeds."""
+    """Accuracy under corruption against the multiply-accumulates left: one marker a setting, bars over seeds.
+
+    rows: of comparison.csv, through `comparison.settings`.
+    """
     rows = rows[rows.shift_family == "corrupted"]
     systems = list(dict.fromkeys(rows.system))
     colors = dict(zip(systems, sns.color_palette("colorblind", len(systems)), strict=True))
     markers = dict(zip(systems, ("*", "o", "s", "D", "^", "v", "P", "X", "<"), strict=False))
     figure, axis = plt.subplots(figsize=(7, 4.2))
-    means = rows.groupby(["system", "method", "sparsity"], sort=False)[["macs", "accuracy"]].agg(["mean", "std"])
+    means = rows.groupby(["system", "method", "level"], sort=False)[["macs", "accuracy"]].agg(["mean", "std"])
     for (system, _, _), point in means.iterrows():
         spread = 100 * np.nan_to_num(point["accuracy", "std"])
         axis.errorbar(
