@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 from gcnet.cka import CKASparsityRegularizer, linear_cka, minibatch_cka
 from gcnet.connectivity import connectivity
 from gcnet.cost import latency, macs
-from gcnet.dynamic import Gated, dynamic_macs, estimate_flops, gate, mask_targets, measure
+from gcnet.dynamic import Gated, dynamic_macs, estimate_flops, gate, mask_targets
 from gcnet.evaluation import evaluate
 from gcnet.ghost import build_ghost
 from gcnet.graph import layer_graph
@@ -58,7 +58,6 @@ __all__ = [
     "macs",
     "magnitude_rewinding",
     "mask_targets",
-    "measure",
     "minibatch_cka",
     "mint_gmi",
     "operating_limits",

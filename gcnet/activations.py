@@ -31,7 +31,7 @@ def _spatial_mean(value: Tensor, channel_dim: int) -> Tensor:
         return value.mean(2, dtype=torch.float32)
     # bfloat16 on a CPU: converted a few images at a time, so that the float32 copy stays in the cache.
     means = value.new_empty(value.shape[:2], dtype=torch.float32)
-    images = max(1, _CHUNK // value[0].numel())
+    images = max(1, _CHUNK // max(1, value.shape[1:].numel()))
     for start in range(0, len(value), images):
         means[start : start + images] = value[start : start + images].float().mean(2)
     return means

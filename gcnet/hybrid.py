@@ -41,7 +41,7 @@ HYBRIDS: dict[str, tuple[str, float]] = {
 
 
 def mixing_exponent(hybrid: str | Sequence[str]) -> float | None:
-    """The exponent of the hybrids "Mix<percent>" (see `mixed_masks`), None for any other."""
+    """The exponent of the hybrids "Mix<percent>" (see `hybrid_masks`), None for any other."""
     match = re.fullmatch(r"Mix(\d{1,3})", hybrid) if isinstance(hybrid, str) else None
     return int(match[1]) / 100 if match else None
 

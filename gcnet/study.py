@@ -110,7 +110,7 @@ class Study(BaseModel):
     ftwt_head_start: Literal["targets", "random"] = Field(
         "targets", description="biases of the heads: how often a filter is wanted by the dense network, or random"
     )
-    ftwt_epochs: int = Field(3, ge=1, description="of training with gates, from the dense network")
+    ftwt_epochs: int = Field(4, ge=1, description="of training with gates, from the dense network")
     ftwt_lr: float = Field(0.02, gt=0, description="the backbone's")
     ftwt_head_lr: float = Field(0.1, gt=0, description="the heads', constant")
     ftwt_head_cooldown: float = Field(0.5, ge=0, le=1, description="share of the epochs, the last, with frozen heads")
