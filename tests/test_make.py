@@ -62,7 +62,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "sweep_does").write_text("ok")
     for name in ("00_quickstart", *CHAIN):
         (tmp_path / "notebooks" / f"{name}.ipynb").write_text("ok")
-    for name in ("GCNET_RUNS", "PYTHONPATH", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "STUDY", "JOBS"):
+    for name in ("PYTHON", "GCNET_RUNS", "PYTHONPATH", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "STUDY", "JOBS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     return tmp_path
