@@ -67,7 +67,8 @@ def network(study: Study, seed: int) -> nn.Sequential:
     return nn.Sequential(Normalize(*sets.normalization()), model)
 
 
-def _dense_inputs(study: Study, seed: int) -> dict[str, Any]:
+def dense_inputs(study: Study, seed: int) -> dict[str, Any]:
+    """What a dense network depends on: hashed into its key, and into the key of all that is made of it."""
     return {
         "version": VERSIONS["dense"],
         **study.only(*DATA, *NETWORK, *TRAINING),
@@ -89,18 +90,20 @@ def dense_folder(study: Study, seed: int, on_epoch: Callable[[dict[str, float]],
             net, splits(study).train, recipe(study), seed=seed, precision=precision(study), checkpoint=checkpoint,
             on_epoch=on_epoch,
         )  # fmt: skip
-        _save_model(net[1], folder)
+        save_model(net[1], folder)
         write_json(folder / "history.json", history)
         checkpoint.unlink(missing_ok=True)
 
-    return Store().once("dense", _dense_inputs(study, seed), compute)
+    return Store().once("dense", dense_inputs(study, seed), compute)
 
 
-def _save_model(model: nn.Module, folder: Path) -> None:
+def save_model(model: nn.Module, folder: Path) -> None:
+    """Write the state of a network (without its normalisation) to `model.safetensors`."""
     save_file({k: v.cpu().contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
 
 
-def _loaded(study: Study, seed: int, folder: Path) -> nn.Sequential:
+def loaded(study: Study, seed: int, folder: Path) -> nn.Sequential:
+    """The network that `save_model` wrote, behind its normalisation, in eval mode on the study's device."""
     net = network(study, seed)
     net[1].load_state_dict(load_file(folder / "model.safetensors"))
     return net.to(pick_device(study.device)).eval()
@@ -108,7 +111,7 @@ def _loaded(study: Study, seed: int, folder: Path) -> nn.Sequential:
 
 def dense(study: Study, seed: int) -> nn.Sequential:
     """The trained dense network of a seed, behind its normalisation, in eval mode on the study's device."""
-    return _loaded(study, seed, dense_folder(study, seed))
+    return loaded(study, seed, dense_folder(study, seed))
 
 
 def example_input(study: Study) -> Tensor:
@@ -140,10 +143,11 @@ def connectivity_images(study: Study) -> data.Dataset:
     return train_set.take(data.stratified(train_set.labels, int(count), study.split_seed + 3)[1])
 
 
-def _connectivity_inputs(study: Study, seed: int, similarity: str) -> dict[str, Any]:
+def connectivity_inputs(study: Study, seed: int, similarity: str) -> dict[str, Any]:
+    """What connectivity depends on: hashed into its key, and into the key of all that is guided by it."""
     return {
         "version": VERSIONS["connectivity"],
-        "dense": Store.key("dense", _dense_inputs(study, seed)),
+        "dense": Store.key("dense", dense_inputs(study, seed)),
         "similarity": similarity,
         "tap": study.tap or SIMILARITIES[similarity].tap,
         "classwise": study.classwise or None,
@@ -166,7 +170,7 @@ def connectivity_matrices(study: Study, seed: int, similarity: str) -> dict[str,
         save_file({k: v.cpu().contiguous() for k, v in matrices.items()}, folder / "connectivity.safetensors")
         write_json(folder / "layers.json", list(matrices))  # the file sorts its entries by name
 
-    folder = Store().once("connectivity", _connectivity_inputs(study, seed, similarity), compute)
+    folder = Store().once("connectivity", connectivity_inputs(study, seed, similarity), compute)
     device = pick_device(study.device)
     matrices = load_file(folder / "connectivity.safetensors")
     return {layer: matrices[layer].to(device) for layer in read_json(folder / "layers.json")}
@@ -224,9 +228,9 @@ def _cell_inputs(study: Study, cell: Cell) -> dict[str, Any]:
     guided = cell.hybrid not in ("direct", "none")
     return {
         "version": VERSIONS["cell"],
-        "dense": Store.key("dense", _dense_inputs(study, cell.seed)),
+        "dense": Store.key("dense", dense_inputs(study, cell.seed)),
         "connectivity": (
-            Store.key("connectivity", _connectivity_inputs(study, cell.seed, cell.similarity)) if guided else None
+            Store.key("connectivity", connectivity_inputs(study, cell.seed, cell.similarity)) if guided else None
         ),
         "ghost_batchnorm": study.ghost_batchnorm if guided and study.ghost_batchnorm != "identity" else None,
         **{k: v for k, v in cell.row().items() if k != "similarity"},
@@ -268,7 +272,7 @@ def cell_folder(study: Study, cell: Cell, needs: Sequence[str] | None = None) ->
             "layers": summary(masks),
         }
         masks.save(folder / "masks.safetensors")
-        _save_model(net[1], folder)
+        save_model(net[1], folder)
         write_json(folder / "cell.json", result)
 
     return Store().once("cell", _cell_inputs(study, cell), compute, needs)
@@ -297,7 +301,7 @@ def cell_result(study: Study, cell: Cell) -> dict[str, Any]:
 
 def pruned_network(study: Study, cell: Cell) -> nn.Sequential:
     """The (fine-tuned) network of a cell behind its normalisation, in eval mode."""
-    return _loaded(study, cell.seed, dense_folder(study, cell.seed) if cell.is_dense else cell_folder(study, cell))
+    return loaded(study, cell.seed, dense_folder(study, cell.seed) if cell.is_dense else cell_folder(study, cell))
 
 
 def flops_rows(study: Study, seed: int, similarity: str) -> list[dict[str, Any]]:
@@ -309,8 +313,8 @@ def flops_rows(study: Study, seed: int, similarity: str) -> list[dict[str, Any]]
     hybrids = [h for h in HYBRIDS if (h != "direct") == guided]
     inputs = {
         "version": VERSIONS["flops"],
-        "dense": Store.key("dense", _dense_inputs(study, seed)),
-        "connectivity": Store.key("connectivity", _connectivity_inputs(study, seed, similarity)) if guided else None,
+        "dense": Store.key("dense", dense_inputs(study, seed)),
+        "connectivity": Store.key("connectivity", connectivity_inputs(study, seed, similarity)) if guided else None,
         "ghost_batchnorm": None if study.ghost_batchnorm == "identity" else study.ghost_batchnorm,
         "pruner": study.flops_pruner,
         "hybrids": hybrids,
@@ -403,7 +407,7 @@ def drift_rows(study: Study, seed: int, severity: int = 3) -> list[dict[str, Any
         "version": VERSIONS["drift"],
         "corrupted": VERSIONS["corrupted"] if VERSIONS["corrupted"] > 1 else None,
         "connectivity": VERSIONS["connectivity"] if VERSIONS["connectivity"] > 1 else None,
-        "dense": Store.key("dense", _dense_inputs(study, seed)),
+        "dense": Store.key("dense", dense_inputs(study, seed)),
         **study.only("split_seed", "shift_images", "severity_table"),
         "tap": study.tap,
         "residual": None if study.residual == "all" else study.residual,
@@ -473,7 +477,7 @@ def shift_rows(study: Study, cell: Cell) -> list[dict[str, Any]]:
     """Scores of a cell under every shift, see `rows_under_shift`: shift, severity, accuracy, ece, images."""
     made_of = Store.key("cell", _cell_inputs(study, cell))
     if cell.is_dense:
-        made_of = Store.key("dense", _dense_inputs(study, cell.seed))
+        made_of = Store.key("dense", dense_inputs(study, cell.seed))
     inputs = {"version": VERSIONS["shift"], "cell": made_of, **shift_inputs(study)}
 
     def compute(folder: Path) -> None:

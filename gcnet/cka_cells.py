@@ -20,14 +20,14 @@ from gcnet import data
 from gcnet.cells import (
     DATA,
     TRAINING,
-    _loaded,
-    _save_model,
     example_input,
+    loaded,
     network,
     normalized_batches,
     precision,
     recipe,
     rows_under_shift,
+    save_model,
     shift_inputs,
     splits,
 )
@@ -130,7 +130,7 @@ def run_folder(study: Study, run: Run) -> Path:
         common = {"seed": run.seed, "sparsity": run.sparsity, "layers": layers, "precision": how}
         if run.method == "rewind":
             trained = run_folder(study, replace(run, method="dense", sparsity=0.0))
-            net = _loaded(mine, run.seed, trained)
+            net = loaded(mine, run.seed, trained)
             start = {f"1.{name}": value for name, value in load_file(trained / "early.safetensors").items()}
             masks, history = magnitude_rewinding(
                 net, start, sets.train, recipe(mine), penalty=regularizer(study, net, run.beta), folder=folder,
@@ -146,7 +146,7 @@ def run_folder(study: Study, run: Run) -> Path:
             left.unlink()
         masks = Masks({name.removeprefix("1."): mask for name, mask in masks.items()})
         masks.save(folder / "masks.safetensors")
-        _save_model(net[1], folder)
+        save_model(net[1], folder)
         write_json(folder / "history.json", history)
         weights = sum(net.get_submodule(layer).weight.numel() for layer in layers)
         test = score(net, sets.test, precision=how)
@@ -175,7 +175,7 @@ def run_result(study: Study, run: Run) -> dict[str, Any]:
 def run_network(study: Study, run: Run) -> tuple[nn.Sequential, Masks]:
     """The trained network behind its normalisation, in eval mode, and its masks (none if dense)."""
     folder = run_folder(study, run)
-    return _loaded(own(study), run.seed, folder), Masks.load(folder / "masks.safetensors")
+    return loaded(own(study), run.seed, folder), Masks.load(folder / "masks.safetensors")
 
 
 # --- beta, chosen on validation images ------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from gcnet.evaluation import bootstrap
-from gcnet.figures import COLORS, _grid
+from gcnet.figures import COLORS, panels
 from gcnet.sparse_training import METHODS
 
 WITHOUT, WITH = COLORS["direct"], COLORS["B25"]
@@ -62,7 +62,7 @@ def heat_maps(similarity: pd.DataFrame, method: str, sparsity: float) -> Figure:
     rows = similarity[(similarity.method == method) & (similarity.sparsity == sparsity)]
     betas = sorted(set(rows.beta))
     order = list(dict.fromkeys(rows.layer_i))
-    figure, axes = _grid(len(betas), 4, (2.7, 2.8))
+    figure, axes = panels(len(betas), 4, (2.7, 2.8))
     for axis, beta in zip(axes, betas, strict=True):
         part = rows[rows.beta == beta]
         matrix = part.pivot_table(index="layer_i", columns="layer_j", values="cka").loc[order, order]
@@ -116,7 +116,7 @@ def accuracy_by_sparsity(accuracy: pd.DataFrame, dense: float | None = None) -> 
     rows = accuracy[accuracy.method != "dense"]
     methods = list(dict.fromkeys(rows.method))
     levels = sorted(set(rows.sparsity))
-    figure, axes = _grid(len(methods), 3, (3.3, 3.0), sharey=True)
+    figure, axes = panels(len(methods), 3, (3.3, 3.0), sharey=True)
     for axis, method in zip(axes, methods, strict=True):
         part = rows[rows.method == method]
         for number, beta in enumerate(sorted(set(part.beta))):

@@ -87,7 +87,8 @@ def _look(name: str) -> dict[str, Any]:
     return {"color": COLORS.get(base, "#009E73"), "marker": MARKERS.get(base, "D"), **hollow}
 
 
-def _grid(count: int, columns: int, cell: tuple[float, float], **options: Any) -> tuple[Figure, list[Axes]]:
+def panels(count: int, columns: int, cell: tuple[float, float], **options: Any) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels, `columns` a row, each of `cell` = (width, height) inches; options: plt.subplots'."""
     columns = max(1, min(columns, count))
     rows = -(-count // columns)
     size = (cell[0] * columns, cell[1] * rows)
@@ -98,11 +99,13 @@ def _grid(count: int, columns: int, cell: tuple[float, float], **options: Any) -
     return figure, flat[:count]
 
 
-def _whole_numbers(axis: Axes) -> None:
+def whole_numbers(axis: Axes) -> None:
+    """At most seven ticks along x, at whole numbers: layers and epochs."""
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
 
 
-def _short(layers: Sequence[str]) -> list[str]:
+def short_names(layers: Sequence[str]) -> list[str]:
+    """Layers as their numbers in execution order."""
     return [str(number) for number in range(1, len(layers) + 1)]
 
 
@@ -119,7 +122,7 @@ def training_curves(histories: Mapping[int, list[dict[str, float]]], test_accura
         )
         axis.plot(history[-1]["epoch"], 100 * test_accuracy[seed], "*", color=color, ms=11, clip_on=False)
     axis.set(xlabel="epoch", ylabel="accuracy, %", title="Training (line) and final test accuracy (star)")
-    _whole_numbers(axis)
+    whole_numbers(axis)
     axis.legend()
     return figure
 
@@ -139,7 +142,7 @@ def activation_spread(activations: Mapping[str, Tensor]) -> Figure:
     for number, count in enumerate(dead, 1):
         if count:
             axis.annotate(f"{count} dead", (number, 0), xycoords=("data", "axes fraction"), ha="center", fontsize=8)
-    axis.set_xticks(range(1, len(dead) + 1), _short(list(activations)))
+    axis.set_xticks(range(1, len(dead) + 1), short_names(list(activations)))
     axis.set(xlabel="layer, in execution order", ylabel="standard deviation over images")
     axis.set_title(f"How much filters vary over images ({len(next(iter(activations.values())))} images; bar: median)")
     return figure
@@ -147,7 +150,7 @@ def activation_spread(activations: Mapping[str, Tensor]) -> Figure:
 
 def activation_histograms(activations: Mapping[str, Tensor], columns: int = 5) -> Figure:
     """Histogram per layer of the standardised filter scalars, over all filters and images."""
-    figure, axes = _grid(len(activations), columns, (2.1, 1.5), sharex=True)
+    figure, axes = panels(len(activations), columns, (2.1, 1.5), sharex=True)
     for number, (axis, values) in enumerate(zip(axes, activations.values(), strict=True), 1):
         scaled = ((values - values.mean(0)) / values.std(0).clamp_min(1e-7)).flatten().cpu().numpy()
         axis.hist(scaled, bins=np.linspace(-4, 4, 49), density=True, color=COLORS["B25"], alpha=0.8)
@@ -163,7 +166,7 @@ def class_heat_maps(
     """Mean standardised activation of each filter for each class, for layers spread over the depth."""
     names = list(activations)
     chosen = [names[i] for i in np.unique(np.linspace(0, len(names) - 1, layers).round().astype(int))]
-    figure, axes = _grid(len(chosen), 2, (4.6, 2.1 if len(classes) <= 12 else 3))
+    figure, axes = panels(len(chosen), 2, (4.6, 2.1 if len(classes) <= 12 else 3))
     for axis, name in zip(axes, chosen, strict=True):
         values = activations[name]
         scaled = (values - values.mean(0)) / values.std(0).clamp_min(1e-7)
@@ -182,7 +185,7 @@ def class_heat_maps(
 
 def matrices(connectivity: Mapping[str, Tensor], numbers: Mapping[str, int], columns: int = 5) -> Figure:
     """Every layer's connectivity matrix: child filters down, input channels across."""
-    figure, axes = _grid(len(connectivity), columns, (2.1, 1.9))
+    figure, axes = panels(len(connectivity), columns, (2.1, 1.9))
     for axis, (name, matrix) in zip(axes, connectivity.items(), strict=True):
         image = axis.imshow(matrix.cpu(), cmap="vlag", vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
         axis.set_title(f"layer {numbers[name]}", fontsize=9)
@@ -197,7 +200,7 @@ def matrices(connectivity: Mapping[str, Tensor], numbers: Mapping[str, int], col
 def strength_by_layer(table: pd.DataFrame, numbers: Mapping[str, int]) -> Figure:
     """Mean |connectivity| per layer with the 5-95 % range of the entries, one panel a similarity metric."""
     names = [s for s in SIMILARITIES if s in set(table.similarity)]
-    figure, axes = _grid(len(names), 4, (2.7, 2.0), sharex=True)
+    figure, axes = panels(len(names), 4, (2.7, 2.0), sharex=True)
     for axis, name in zip(axes, names, strict=True):
         part = table[table.similarity == name].groupby("layer", sort=False)[["mean_abs", "p05", "p95"]].mean()
         x = [numbers[layer] for layer in part.index]
@@ -205,7 +208,7 @@ def strength_by_layer(table: pd.DataFrame, numbers: Mapping[str, int]) -> Figure
         axis.plot(x, part.mean_abs, "o-", color=COLORS["B25"], ms=4, label="mean |value|")
         axis.axhline(0, color="black", lw=0.6)
         axis.set_title(SIMILARITIES[name], fontsize=9)
-        _whole_numbers(axis)
+        whole_numbers(axis)
     axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.supxlabel("layer, in execution order", fontsize=10)
     figure.supylabel("connectivity", fontsize=10)
@@ -214,7 +217,7 @@ def strength_by_layer(table: pd.DataFrame, numbers: Mapping[str, int]) -> Figure
 
 def residual_join(parts: Mapping[str, Tensor], total: Tensor, child: str) -> Figure:
     """The matrices of the parents that meet in one layer, and their sum: what the ghost loads as its weights."""
-    figure, axes = _grid(len(parts) + 1, 5, (2.3, 2.3))
+    figure, axes = panels(len(parts) + 1, 5, (2.3, 2.3))
     limit = max(1.0, float(total.abs().max()))
     for axis, (name, matrix) in zip(axes, [*parts.items(), ("sum", total)], strict=True):
         image = axis.imshow(matrix.cpu(), cmap="vlag", vmin=-limit, vmax=limit, interpolation="nearest", aspect="auto")
@@ -237,7 +240,7 @@ def drift(table: pd.DataFrame, numbers: Mapping[str, int]) -> Figure:
         sns.lineplot(rows, x="number", y=column, hue="family", style="family", markers=True, errorbar=("pi", 100),
                      err_kws={"alpha": 0.12}, ax=axis, legend=axis is axes[0])  # fmt: skip
         axis.set(xlabel="layer, in execution order", ylabel=label)
-        _whole_numbers(axis)
+        whole_numbers(axis)
     axes[0].legend(title=None, fontsize=8)
     axes[0].set_title(f"Connectivity on shifted against clean images (severity {rows.severity.iloc[0]}; band: range)")
     return figure
@@ -283,7 +286,7 @@ def layer_sparsity(layers: pd.DataFrame, sparsity: float, similarity: str) -> Fi
     rows = rows[rows.similarity.isin(["none", similarity])].assign(share=100 * rows.kept / rows.weights)
     rows = rows.assign(number=rows.layer.map({name: k for k, name in enumerate(dict.fromkeys(rows.layer), 1)}))
     pruners = list(dict.fromkeys(rows.pruner))
-    figure, axes = _grid(len(pruners), 3, (3.3, 2.6), sharey=True)
+    figure, axes = panels(len(pruners), 3, (3.3, 2.6), sharey=True)
     for axis, pruner in zip(axes, pruners, strict=True):
         for hybrid, name in (("direct", "on the original"), ("Full", "on the ghost")):
             part = rows[(rows.pruner == pruner) & (rows.hybrid == hybrid)].groupby("number").share
@@ -292,7 +295,7 @@ def layer_sparsity(layers: pd.DataFrame, sparsity: float, similarity: str) -> Fi
         axis.axhline(100 * (1 - sparsity), color="black", lw=0.6, ls=":")
         axis.set_title(PRUNERS[pruner])
         axis.set_xlabel("layer, in execution order")
-        _whole_numbers(axis)
+        whole_numbers(axis)
     axes[0].set_ylabel("weights kept, %")
     figure.suptitle(
         f"{100 * sparsity:g} % of weights removed in all (dotted: kept on average)", x=0.01, ha="left", fontsize=10
@@ -315,7 +318,7 @@ def hybrid_maps(plans: Mapping[str, Mapping[str, str]], kept: Mapping[str, Mappi
             axis.add_patch(Rectangle((column, -row), 0.86, 0.8 * kept[hybrid][layer], facecolor=color, lw=0))
     axis.set(xlim=(-0.1, len(layers)), ylim=(-len(plans) + 0.9, 0.95))
     axis.set_yticks([0.4 - row for row in range(len(plans))], list(plans))
-    axis.set_xticks([column + 0.43 for column in range(len(layers))], _short(layers))
+    axis.set_xticks([column + 0.43 for column in range(len(layers))], short_names(layers))
     axis.tick_params(length=0)
     sns.despine(ax=axis, left=True, bottom=True)
     axis.set_xlabel("weighted layer, in execution order")
@@ -331,7 +334,7 @@ def accuracy_points(rows: pd.DataFrame, value: str, label: str, dense: float | N
     rows = with_methods(rows[rows.pruner != "none"])
     names = [n for n in rows.method.cat.categories if n != "dense"]
     pruners, sparsities = list(dict.fromkeys(rows.pruner)), sorted(set(rows.sparsity))
-    figure, axes = _grid(len(pruners), 3, (3.5, 3.1), sharey=True)
+    figure, axes = panels(len(pruners), 3, (3.5, 3.1), sharey=True)
     for axis, pruner in zip(axes, pruners, strict=True):
         for number, name in enumerate(names):
             for column, sparsity in enumerate(sparsities):
@@ -366,7 +369,7 @@ def flops_bars(rows: pd.DataFrame, network: str) -> Figure:
     sparsities = sorted(set(rows.sparsity))
     names = [s for s in SIMILARITIES if s in set(rows.similarity) and s != "none"]
     hybrids = [h for h in COLORS if h in set(rows.hybrid) and h not in ("none", "direct")]
-    figure, axes = _grid(len(sparsities), 2, (max(4.2, 0.75 * len(names)), 3))
+    figure, axes = panels(len(sparsities), 2, (max(4.2, 0.75 * len(names)), 3))
     for axis, sparsity in zip(axes, sparsities, strict=True):
         part = rows[rows.sparsity == sparsity]
         for number, hybrid in enumerate(hybrids):
@@ -410,7 +413,7 @@ def severity_curves(shifts: pd.DataFrame, sparsity: float, pruner: str) -> Figur
     rows = shifts[((shifts.sparsity == sparsity) & (shifts.pruner == pruner)) | (shifts.pruner == "none")]
     rows = with_methods(rows)
     families = [f for f in dict.fromkeys(FAMILIES.values()) if f in set(rows["shift"].map(FAMILIES))]
-    figure, axes = _grid(len(families), 4, (2.6, 2.6), sharey=True)
+    figure, axes = panels(len(families), 4, (2.6, 2.6), sharey=True)
     for axis, family in zip(axes, families, strict=True):
         part = rows[(rows["shift"].map(FAMILIES) == family) | (rows.severity == 0)]
         for name in part.method.cat.categories:
@@ -433,7 +436,7 @@ def calibration(shifts: pd.DataFrame) -> Figure:
     rows = with_methods(shifts)
     rows = rows.assign(where=np.where(rows.severity == 0, "clean", "shifted"))
     sparsities = [s for s in sorted(set(rows.sparsity)) if s > 0]
-    figure, axes = _grid(len(sparsities), 3, (3.6, 3.0), sharex=True, sharey=True)
+    figure, axes = panels(len(sparsities), 3, (3.6, 3.0), sharex=True, sharey=True)
     for axis, sparsity in zip(axes, sparsities, strict=True):
         part = rows[rows.sparsity.isin([sparsity, 0.0])]
         by = part.groupby(["method", "seed", "where"], observed=True).ece.mean().unstack("where").reset_index()

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from gcnet.cells import (
     Cell,
-    _dense_inputs,
     cells,
     dense,
+    dense_inputs,
     example_input,
     network,
     normalized_batches,
@@ -80,7 +80,7 @@ def estimate_rows(study: Study, seed: int) -> list[dict[str, Any]]:
     r_grid = sorted({*study.ftwt_r, *study.ftwt_joint_r})
     inputs = {
         "version": VERSIONS["ftwt_estimate"],
-        "dense": Store.key("dense", _dense_inputs(study, seed)),
+        "dense": Store.key("dense", dense_inputs(study, seed)),
         "images": study.ftwt_estimate_images or None,
         "r": r_grid,
     }
@@ -100,7 +100,7 @@ def _cell_inputs(study: Study, cell: GatedCell) -> dict[str, Any]:
     static = cell.mode == STATIC
     return {
         "version": VERSIONS["ftwt_cell"],
-        "dense": Store.key("dense", _dense_inputs(study, cell.seed)),
+        "dense": Store.key("dense", dense_inputs(study, cell.seed)),
         **cell.row(),
         **study.only("ftwt_epochs", "ftwt_lr"),
         **study.only("ftwt_head_pool", "ftwt_head_scaled", "ftwt_head_lr", "ftwt_head_cooldown", "ftwt_head_start"),

@@ -8,7 +8,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from gcnet.figures import _grid, _short, _whole_numbers
+from gcnet.figures import panels, short_names, whole_numbers
 from gcnet.shifts import FAMILIES
 
 # One look a way of choosing filters; joint and static also differ from decoupled in marker.
@@ -54,12 +54,12 @@ def filters_used(layers: pd.DataFrame, classes: pd.DataFrame, r: float) -> Figur
     axes[0].set(xlabel="gated layer, in execution order", ylabel="filters, %", ylim=(0, 102))
     axes[0].set_title(f"Filters an image uses, r = {r:g}")
     axes[0].legend(fontsize=8)
-    _whole_numbers(axes[0])
+    whole_numbers(axes[0])
     relative = 100 * (classes - classes.mean())
     limit = max(1.0, float(np.nanquantile(np.abs(relative.to_numpy()), 0.98)))
     sns.heatmap(relative, ax=axes[1], cmap="vlag", center=0, vmin=-limit, vmax=limit,
                 cbar_kws={"label": "points from the layer's mean"})  # fmt: skip
-    axes[1].set_xticks(np.arange(classes.shape[1]) + 0.5, _short(list(classes)), rotation=0, fontsize=8)
+    axes[1].set_xticks(np.arange(classes.shape[1]) + 0.5, short_names(list(classes)), rotation=0, fontsize=8)
     axes[1].set_yticks(np.arange(len(classes)) + 0.5, [str(name) for name in classes.index], rotation=0, fontsize=8)
     axes[1].set(xlabel="gated layer, in execution order", ylabel="")
     axes[1].set_title("By class")
@@ -128,7 +128,7 @@ def firing_under_shift(shifts: pd.DataFrame, r: float) -> Figure:
         "filters_wanted": "filters wanted, %",
         "mask_accuracy": "mask accuracy, %",
     }
-    figure, axes = _grid(len(columns), 3, (3.3, 2.9), sharex=True)
+    figure, axes = panels(len(columns), 3, (3.3, 2.9), sharex=True)
     for axis, (column, label) in zip(axes, columns.items(), strict=True):
         for number, (family, part) in enumerate(rows.groupby("family", sort=False)):
             by = part.groupby("severity")[column].mean()

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gcnet import cells, data
-from gcnet.cost import macs, parameters
+from gcnet.cost import latency, macs, parameters
 from gcnet.evaluation import score
 from gcnet.graph import LayerGraph
 from gcnet.hybrid import hybrid_masks
@@ -69,7 +68,7 @@ def pairs_of(
 def _scores_inputs(study: Study, seed: int) -> dict[str, Any]:
     return {
         "version": VERSIONS["snacs_scores"],
-        "dense": Store.key("dense", cells._dense_inputs(study, seed)),
+        "dense": Store.key("dense", cells.dense_inputs(study, seed)),
         **study.only("split_seed", "snacs_groups", "snacs_images", "snacs_phi", "snacs_weights", *ESTIMATOR,
                      "snacs_tolerance", "snacs_rule", "snacs_protected", "residual"),
     }  # fmt: skip
@@ -132,7 +131,7 @@ def analysis(study: Study, seed: int) -> Analysis:
 def _mint_inputs(study: Study, seed: int) -> dict[str, Any]:
     return {
         "version": VERSIONS["snacs_mint"],
-        "dense": Store.key("dense", cells._dense_inputs(study, seed)),
+        "dense": Store.key("dense", cells.dense_inputs(study, seed)),
         **study.only("split_seed", "snacs_mint_groups", "snacs_mint_images", "residual"),
     }
 
@@ -241,7 +240,7 @@ def _cell_inputs(study: Study, cell: SnacsCell) -> dict[str, Any]:
         "scores": Store.key("snacs_scores", _scores_inputs(study, cell.seed)),
         "mint": Store.key("snacs_mint", _mint_inputs(study, cell.seed)) if cell.method == "mint" else None,
         "connectivity": (
-            Store.key("connectivity", cells._connectivity_inputs(study, cell.seed, "pearson"))
+            Store.key("connectivity", cells.connectivity_inputs(study, cell.seed, "pearson"))
             if cell.method == "gcnet"
             else None
         ),
@@ -258,7 +257,6 @@ def cell_folder(study: Study, cell: SnacsCell) -> Path:
     def compute(folder: Path) -> None:
         net = cells.dense(study, cell.seed)
         masks = cell_masks(study, cell, net)
-        dense_ms = latency(net[1], cells.example_input(study))
         apply_masks(net[1], masks)
         sets, how = cells.splits(study), cells.precision(study)
         before = score(net, sets.test, precision=how)["accuracy"]
@@ -280,32 +278,17 @@ def cell_folder(study: Study, cell: SnacsCell) -> Path:
             "accuracy": score(net, sets.test, precision=how)["accuracy"],
             "val_accuracy": score(net, sets.val, precision=how)["accuracy"] if len(sets.val) else None,
             "layers": summary(weights),
-            "structure": structure(study, net, masks, dense_ms),
+            "structure": structure(study, net, masks),
         }
         masks.save(folder / "masks.safetensors")
-        cells._save_model(net[1], folder)
+        cells.save_model(net[1], folder)
         write_json(folder / "cell.json", result)
 
     return Store().once("snacs_cell", _cell_inputs(study, cell), compute)
 
 
 @torch.no_grad()
-def latency(model: nn.Module, example: Tensor, batch: int = 50, repeats: int = 7) -> float:
-    """Median milliseconds of a forward pass of a batch, in eval mode."""
-    x = example.expand(batch, *example.shape[1:]).contiguous()
-    model.eval()
-    spent = []
-    for _ in range(repeats + 2):
-        started = time.perf_counter()
-        model(x)
-        if x.is_cuda:
-            torch.cuda.synchronize()
-        spent.append(1000 * (time.perf_counter() - started))
-    return median(spent[2:])
-
-
-@torch.no_grad()
-def structure(study: Study, net: nn.Sequential, masks: Masks, dense_ms: float) -> dict[str, Any]:
+def structure(study: Study, net: nn.Sequential, masks: Masks) -> dict[str, Any]:
     """What is left when filters without connections are removed physically, and that the outputs stay the same."""
     net.eval()
     model, example = net[1], cells.example_input(study)
@@ -315,18 +298,19 @@ def structure(study: Study, net: nn.Sequential, masks: Masks, dense_ms: float) -
         "filters": sum(graph.out_channels.values()),
         "parameters_dense": parameters(model),
         "macs_dense": macs(model, example),
-        "ms_dense": dense_ms,
     }
     try:
         smaller = remove_filters(model, graph, masks)
     except ValueError as error:  # cut through: nothing is left to run
         return {**facts, "cut": str(error)}
     x = net[0](cells.splits(study).test.images[:100].to(example.device))
+    dense, removed = latency({"dense": model, "smaller": smaller}, example, batch_sizes=(50,), repeats=7)
     return {
         **facts,
         "parameters": parameters(smaller),
         "macs": macs(smaller, example),
-        "ms": latency(smaller, example),
+        "ms_dense": 1000 * dense["median_s"],
+        "ms": 1000 * removed["median_s"],
         "difference": (model(x) - smaller(x)).abs().max().item(),
     }
 
@@ -355,7 +339,7 @@ def shift_rows(study: Study, cell: SnacsCell) -> list[dict[str, Any]]:
     inputs = {"version": VERSIONS["snacs_shift"], "cell": cell_key, **cells.shift_inputs(study)}
 
     def compute(folder: Path) -> None:
-        net, how = cells._loaded(study, cell.seed, cell_folder(study, cell)), cells.precision(study)
+        net, how = cells.loaded(study, cell.seed, cell_folder(study, cell)), cells.precision(study)
         rows = cells.rows_under_shift(study, lambda images: score(net, images, precision=how))
         write_json(folder / "shift.json", rows)
 

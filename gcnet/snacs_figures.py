@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from gcnet.evaluation import Interval, bootstrap, verdict
-from gcnet.figures import _grid, _whole_numbers
+from gcnet.figures import panels, whole_numbers
 from gcnet.snacs import GRID
 from gcnet.snacs_cells import (
     TRUTH_PARENTS,
@@ -273,7 +273,7 @@ def truth(table: pd.DataFrame) -> Figure:
 
 def score_maps(scores: Mapping[str, Tensor], numbers: Mapping[str, int], columns: int = 5) -> Figure:
     """Every layer's scores as ranks within the layer (0 goes first), child groups down, parent groups across."""
-    figure, axes = _grid(len(scores), columns, (2.1, 1.9))
+    figure, axes = panels(len(scores), columns, (2.1, 1.9))
     for axis, (name, rho) in zip(axes, scores.items(), strict=True):
         ranks = rho.flatten().argsort().argsort().view(rho.shape).double() / max(1, rho.numel() - 1)
         image = axis.imshow(ranks, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
@@ -290,7 +290,7 @@ def limit_curves(
     curves: Mapping[str, Sequence[float]], limits: Mapping[str, float], numbers: Mapping[str, int], columns: int = 5
 ) -> Figure:
     """How well the classes can be told from a layer's activations as its blocks go, and the limit that follows."""
-    figure, axes = _grid(len(curves), columns, (2.1, 1.7), sharex=True, sharey=True)
+    figure, axes = panels(len(curves), columns, (2.1, 1.7), sharex=True, sharey=True)
     for axis, (name, curve) in zip(axes, curves.items(), strict=True):
         axis.plot(100 * np.array(GRID), 100 * np.array(curve), color="#0072B2", lw=1.4)
         axis.axvline(100 * limits[name], color="#D55E00", lw=1.2)
@@ -318,7 +318,7 @@ def protection(
     axis.axhline(1, color="black", lw=0.6)
     axis.set(xlabel="layer, in execution order", ylabel="share / equal share")
     axis.set_title("What a filter contributes to the layers it feeds")
-    _whole_numbers(axis)
+    whole_numbers(axis)
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
@@ -326,7 +326,7 @@ def protection(
 def pruned_by_layer(layers: pd.DataFrame, numbers: Mapping[str, int]) -> Figure:
     """Share of each layer's weights that went (bar: mean over seeds) and its limit (tick), one panel a delta."""
     deltas = sorted(set(layers.delta))
-    figure, axes = _grid(len(deltas), 2, (max(4.2, 0.34 * len(numbers)), 2.6), sharey=True)
+    figure, axes = panels(len(deltas), 2, (max(4.2, 0.34 * len(numbers)), 2.6), sharey=True)
     for axis, delta in zip(axes, deltas, strict=True):
         by = layers[layers.delta == delta].groupby("layer", sort=False)
         x = np.array([numbers[name] for name in by.pruned.mean().index])

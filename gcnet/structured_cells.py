@@ -89,9 +89,9 @@ def _inputs(study: Study, cell: StructuredCell) -> dict[str, Any]:
     similarity = study.structured_similarity
     return {
         "version": VERSIONS["structured"],
-        "dense": Store.key("dense", cells._dense_inputs(study, cell.seed)),
+        "dense": Store.key("dense", cells.dense_inputs(study, cell.seed)),
         "connectivity": (
-            Store.key("connectivity", cells._connectivity_inputs(study, cell.seed, similarity)) if guided else None
+            Store.key("connectivity", cells.connectivity_inputs(study, cell.seed, similarity)) if guided else None
         ),
         **asdict(cell),
         "ranking": study.structured_ranking,

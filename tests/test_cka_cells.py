@@ -80,7 +80,7 @@ def test_rewinding_starts_from_the_stored_dense_network(monkeypatch: pytest.Monk
     assert (dense / "early.safetensors").exists()
     monkeypatch.setattr(cka_cells, "sparse_train", lambda *a, **k: pytest.fail("trained the dense network again"))
     masks = cka_cells.run_network(study, Run("rewind", 0.9, 0.0, 0))[1]
-    model = cka_cells._loaded(cka_cells.own(study), 0, dense)[1]
+    model = cka_cells.loaded(cka_cells.own(study), 0, dense)[1]
     kept = torch.cat([model.get_parameter(name)[mask].abs() for name, mask in masks.items()])
     gone = torch.cat([model.get_parameter(name)[~mask].abs() for name, mask in masks.items()])
     assert kept.min() >= gone.max()

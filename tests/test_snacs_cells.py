@@ -100,7 +100,7 @@ def test_a_cell_is_pruned_to_snacs_sparsity_and_stays_so(cell: SnacsCell) -> Non
     assert result["sparsity"] == pytest.approx(sparsity(weight_masks(masks)))
     # Whole filters and blocks of a small network are coarse.
     assert result["sparsity"] == pytest.approx(own["sparsity"], abs={"gcnet": 1e-3}.get(cell.method, 0.08))
-    net = stages.cells._loaded(STUDY, 0, cell_folder(STUDY, cell))
+    net = stages.cells.loaded(STUDY, 0, cell_folder(STUDY, cell))
     for name, mask in masks.items():
         assert bool((net[1].get_parameter(name)[~mask] == 0).all()), name
     assert result["macs"] < cell_result(STUDY, SnacsCell("none", 0.0, 0))["macs"]
