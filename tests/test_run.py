@@ -23,7 +23,7 @@ from gcnet.study import Study
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDY = """study: tiny
-notebooks: ["01", "02", "03", "04", "05"]
+notebooks: ["00", "01", "02", "03", "04", "05"]
 dataset: digits
 width: 0.125
 seeds: [0]
