@@ -21,10 +21,11 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.ma
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help env existing reproduce sweep paper grid verify pack unpack status test test-slow lint bench lab clean clean-cache lock
+.PHONY: help env existing reproduce sweep paper grid report verify pack unpack status test test-slow lint bench lab clean clean-cache lock
 
 RUNS := $(if $(GCNET_RUNS),$(GCNET_RUNS),runs)
 DONE := $(RUNS)/done/$(STUDY)
+REPORT := $(if $(GCNET_RESULTS),$(GCNET_RESULTS),results)/$(STUDY)/report.html
 CODE := $(wildcard gcnet/*.py)
 NOTEBOOKS := $(sort $(basename $(notdir $(wildcard notebooks/[0-9][0-9]_*.ipynb))))
 # A study may name the notebooks it runs: a line such as notebooks: ["01", "07"]
@@ -50,7 +51,7 @@ ENV := .venv/installed
 endif
 
 # Said while the file is read, before anything is installed or run.
-ifneq ($(filter reproduce sweep status clean verify pack unpack,$(MAKECMDGOALS)),)
+ifneq ($(filter reproduce sweep status clean verify report pack unpack,$(MAKECMDGOALS)),)
 STUDIES := $(sort $(basename $(notdir $(shell grep -l '^study:' params/*.yaml))))
 ifeq ($(filter $(STUDY),$(STUDIES)),)
 NEAREST := $(shell python3 -c 'import sys, difflib; name, *known = sys.argv[1:]; \
@@ -88,8 +89,11 @@ existing:
 
 # --- the chain: a stage is done when its marker is newer than all it was made from ----------------------------------
 
-reproduce: $(NOTEBOOKS:%=$(DONE)/%.json)  ## run a study: every notebook that is not done yet, in order
-	@echo "study $(STUDY): done, see results/$(STUDY)/"
+reproduce: $(REPORT)  ## run a study: every notebook that is not done yet, in order, and its report
+	@echo "study $(STUDY): done, see $(REPORT)"
+
+$(REPORT): $(NOTEBOOKS:%=$(DONE)/%.json)
+	@$(PY) -m gcnet report --study $(STUDY)
 
 sweep: $(DONE)/sweep.json  ## only compute the study's cells, on all cores (reproduce does it first)
 
@@ -119,6 +123,9 @@ paper: | $(ENV)  ## run every study of the paper's grid (SCALE=quarter: those fo
 
 grid: | $(ENV)  ## build the tables across studies from the results that there are
 	@$(PY) -m gcnet grid paper$(if $(filter quarter,$(SCALE)),_quarter) $(PAPER)
+
+report: | $(ENV)  ## write results/STUDY/report.html, one page to read or mail of all that the notebooks wrote
+	@$(PY) -m gcnet report --study $(STUDY)
 
 verify: | $(ENV)  ## compute the study again in a folder of its own and compare its tables with the committed ones
 	@$(PY) -m gcnet verify --study $(STUDY) $(if $(JOBS),--jobs $(JOBS))

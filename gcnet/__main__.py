@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from gcnet import archive, grid, paths, run, verify
+from gcnet import archive, grid, paths, report, run, verify
 from gcnet.connectivity import SIMILARITIES
 from gcnet.data import DATASETS
 from gcnet.errors import unknown
@@ -99,6 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("pack", _pack, "write what a study computed, without the large files, to results/<study>/store.zip")
     with_study(sub)
     sub = command("unpack", _unpack, "put the results in results/<study>/store.zip into the store")
+    sub.add_argument("--study", default="digits")
+    sub = command("report", _report, "write results/<study>/report.html, one page of all that its notebooks wrote")
     sub.add_argument("--study", default="digits")
     sub = command("status", _status, "which stages of a study are done or stale, and why")
     sub.add_argument("--study", default="digits")
@@ -213,6 +215,16 @@ def _verify(options: argparse.Namespace) -> int:
     counts = ", ".join(f"{count} {word}" for word, count in found.verdict.value_counts().items())
     print(f"study {study.study}: {'holds' if held else 'does not hold'} ({counts})")
     return 0 if held else 1
+
+
+def _report(options: argparse.Namespace) -> int:
+    page, missing = report.write_report(options.study)
+    print(f"{run.short(page)}: {page.stat().st_size / 1e6:.1f} MB")
+    for line in missing:
+        print(f"not in it: {line}")
+    if missing:
+        print(f"make reproduce STUDY={options.study} makes what is not in it")
+    return 0
 
 
 def _grid(options: argparse.Namespace) -> int:

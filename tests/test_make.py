@@ -26,6 +26,11 @@ from pathlib import Path
 started = time.time()
 command, *arguments = sys.argv[1:]
 study = arguments[arguments.index("--study") + 1]
+if command == "report":
+    page = Path(os.environ.get("GCNET_RESULTS", "results"), study, "report.html")
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(page.read_text() + "again" if page.exists() else "once")
+    sys.exit()
 notebook = Path(arguments[0]) if command == "run" else None
 stage = notebook.stem if notebook else "sweep"
 with open("log", "a") as log:
@@ -62,7 +67,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "sweep_does").write_text("ok")
     for name in ("00_quickstart", *CHAIN):
         (tmp_path / "notebooks" / f"{name}.ipynb").write_text("ok")
-    for name in ("PYTHON", "GCNET_RUNS", "PYTHONPATH", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "STUDY", "JOBS"):
+    for name in ("PYTHON", "GCNET_RUNS", "GCNET_RESULTS", "PYTHONPATH", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "STUDY",
+                 "JOBS"):  # fmt: skip
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -102,6 +108,23 @@ def test_the_chain_runs_in_order_and_a_second_time_not_at_all(project: Path) -> 
     assert time.perf_counter() - started < 2
     assert (again.returncode, ran(project)) == (0, [])
     assert "results/digits/" in again.stdout
+
+
+def test_the_report_is_written_after_the_notebooks_and_again_when_one_has_run_again(project: Path) -> None:
+    page = project / "results" / "digits" / "report.html"
+    (project / "notebooks" / f"{CHAIN[-1]}.ipynb").write_text("fail")
+    assert make("reproduce").returncode != 0
+    assert not page.exists()
+    (project / "notebooks" / f"{CHAIN[-1]}.ipynb").write_text("ok")
+    assert make("reproduce").returncode == 0
+    assert page.read_text() == "once"
+    make("reproduce")
+    assert page.read_text() == "once"
+    touch(project / "notebooks" / f"{CHAIN[-1]}.ipynb")
+    make("reproduce")
+    assert page.read_text() == "onceagain"
+    assert make("report").returncode == 0
+    assert page.read_text() == "onceagainagain"
 
 
 def test_a_study_runs_only_the_notebooks_that_it_names(project: Path) -> None:
