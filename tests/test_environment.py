@@ -84,3 +84,11 @@ def test_environment_yml_pins_the_direct_dependencies_as_the_lock_does() -> None
     locked = pins(python)
     assert python in PROJECT["project"]["requires-python"]
     assert by_pip == [f"{r.name}=={locked[canonicalize_name(r.name)]}" for r in DIRECT]
+
+
+def test_the_citation_names_this_version_and_every_system() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == re.search(r'__version__ = "(.*)"', (ROOT / "gcnet/__init__.py").read_text())[1]
+    assert citation["license"] == PROJECT["project"]["license"]
+    assert f"## {citation['version']}" in (ROOT / "CHANGELOG.md").read_text()
+    assert len(citation["references"]) == 4
