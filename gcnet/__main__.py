@@ -23,14 +23,13 @@ from gcnet import archive, grid, paths, report, run, verify
 from gcnet.connectivity import SIMILARITIES
 from gcnet.data import DATASETS
 from gcnet.errors import unknown
-from gcnet.executors import EXECUTORS, cores, open_executor
+from gcnet.executors import EXECUTORS, cores, default_jobs, open_executor
 from gcnet.hybrid import HYBRIDS
 from gcnet.networks import NETWORKS
 from gcnet.pruning import PRUNERS
 from gcnet.shifts import CORRUPTIONS, NATURAL_SHIFTS
 from gcnet.study import Study
 from gcnet.sweep import sweep
-from gcnet.training import pick_device
 
 INTERRUPTED = 130
 
@@ -134,8 +133,7 @@ def _sweep(options: argparse.Namespace) -> int:
     if options.jobs is not None and options.jobs < 1:
         raise ValueError(f"--jobs {options.jobs}: at least one worker process is needed")
     study = _study(options)
-    # Every worker on a GPU holds its own context, about half a gigabyte, and they share its speed.
-    jobs = options.jobs or (cores() if pick_device(study.device).type == "cpu" else min(4, cores()))
+    jobs = options.jobs or default_jobs(study.device)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("gcnet").setLevel(logging.INFO)
     where = {"local": f"{jobs} worker processes", "slurm": "jobs of a SLURM cluster"}

@@ -20,6 +20,7 @@ import torch
 
 from gcnet import paths
 from gcnet.errors import unknown
+from gcnet.training import pick_device
 
 EXECUTORS = ("local", "dask", "slurm")
 _PATIENCE = 10  # seconds that a scheduler may take to answer
@@ -28,6 +29,14 @@ _PATIENCE = 10  # seconds that a scheduler may take to answer
 def cores() -> int:
     """Processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_jobs(device: str) -> int:
+    """Worker processes on this machine: one a core, on a GPU at most four.
+
+    Every worker on a GPU holds its own context, about half a gigabyte, and they share its speed.
+    """
+    return cores() if pick_device(device).type == "cpu" else min(4, cores())
 
 
 @contextlib.contextmanager

@@ -43,6 +43,9 @@ SIMILARITIES = {
 }
 
 
+ALL_CORRUPTIONS = "all corruptions"  # a choice beside their names
+
+
 def style() -> None:
     """The one style of all figures: call it once in a notebook."""
     sns.set_theme(context="notebook", style="ticks", palette="colorblind", font_scale=0.85)
@@ -417,17 +420,44 @@ def severity_curves(shifts: pd.DataFrame, sparsity: float, pruner: str) -> Figur
     for axis, family in zip(axes, families, strict=True):
         part = rows[(rows["shift"].map(FAMILIES) == family) | (rows.severity == 0)]
         for name in part.method.cat.categories:
-            seeds = part[part.method == name].groupby(["severity", "seed"]).accuracy.mean().unstack("seed")
-            line = {"ls": "--"} if name == "dense" else {"ls": ":"} if " " in name else {}
-            axis.plot(seeds.index, 100 * seeds.mean(1), label=name, ms=4, lw=1.2, **_look(name), **line)
-            axis.fill_between(
-                seeds.index, 100 * seeds.min(1), 100 * seeds.max(1), color=_look(name)["color"], alpha=0.1, lw=0
-            )
+            _by_severity(axis, name, part[part.method == name])
         axis.set(title=family, xlabel="severity (0: clean)")
         axis.set_xticks(sorted(set(part.severity)))
     axes[0].set_ylabel("accuracy, %")
     axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(f"{PRUNERS[pruner]}, {100 * sparsity:g} % of weights removed", x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+def _by_severity(axis: Axes, name: str, rows: pd.DataFrame) -> None:
+    """A line of the mean over seeds and shifts, a band of the range over seeds."""
+    seeds = rows.groupby(["severity", "seed"]).accuracy.mean().unstack("seed")
+    line = "--" if name == "dense" else ":" if " " in name else "-"
+    look = _look(name)
+    axis.plot(seeds.index, 100 * seeds.mean(axis=1), label=name, ms=4, lw=1.2, ls=line, **look)
+    axis.fill_between(
+        seeds.index, 100 * seeds.min(axis=1), 100 * seeds.max(axis=1), color=look["color"], alpha=0.12, lw=0
+    )
+
+
+def severity_line(shifts: pd.DataFrame, pruner: str, method: str, sparsity: float, shift: str) -> Figure:
+    """Accuracy by severity of one method, of direct pruning and of the dense network; band: range over seeds.
+
+    shift: of a corruption or natural shift, or ALL_CORRUPTIONS (their mean). A natural shift has severity 1 alone.
+    """
+    rows = with_methods(shifts)
+    rows = rows[((rows.pruner == pruner) & (rows.sparsity == sparsity)) | (rows.pruner == "none")]
+    asked = rows["shift"].isin(list(FAMILIES)) if shift == ALL_CORRUPTIONS else rows["shift"] == shift
+    rows = rows[asked | (rows.severity == 0)]
+    figure, axis = plt.subplots(figsize=(5.6, 3.2))
+    for name in dict.fromkeys(["dense", "direct", method]):
+        part = rows[rows.method == name]
+        if len(part):
+            _by_severity(axis, name, part)
+    axis.set(xlabel="severity (0: clean)", ylabel="accuracy, %", ylim=(0, 100))
+    axis.set_xticks(sorted(set(rows.severity)))
+    axis.set_title(f"{PRUNERS[pruner]}, {100 * sparsity:g} % removed: {shift.replace('_', ' ')}", loc="left")
+    axis.legend(fontsize=8, loc="lower left")
     return figure
 
 

@@ -233,6 +233,7 @@ def _write_kernelspec(scratch: Path) -> None:
     """A private kernelspec in `scratch`: the interpreter that runs the launcher, whatever 'python3' is elsewhere."""
     package = Path(__file__).resolve().parent.parent
     env = {
+        "GCNET_HEADLESS": "1",  # nobody looks on: no bars, no panel
         "IPYTHONDIR": str(scratch / "ipython"),  # a user's start-up files and history must not reach a result
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # or the debugger warns about frozen modules in every log
     }

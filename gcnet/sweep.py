@@ -9,7 +9,7 @@ from concurrent.futures import Executor, Future, as_completed
 from pathlib import Path
 from typing import Any
 
-from gcnet import ablations, cka_cells, ftwt_cells, snacs_cells, structured_cells
+from gcnet import ablations, cka_cells, ftwt_cells, progress, snacs_cells, structured_cells
 from gcnet.cells import (
     Cell,
     cell_result,
@@ -21,6 +21,7 @@ from gcnet.cells import (
     flops_rows,
     shift_rows,
 )
+from gcnet.executors import default_jobs, open_executor
 from gcnet.store import looking
 from gcnet.study import Study
 
@@ -65,6 +66,23 @@ def sweep(study: Study, executor: Executor) -> list[dict[str, Any]]:
     return [failure for name, tasks in stages(study) for failure in _stage(tasks, executor, name)]
 
 
+def ready(study: Study, notebook: str) -> None:
+    """Compute what a notebook shows and the store does not hold, on all cores; a second where the store holds it all.
+
+    notebook: its number, such as "05"; "09" shows what all the others computed. In an open notebook a bar tells the
+    time left. Raises RuntimeError naming the tasks that failed.
+    """
+    needed = (notebook, *(other for other in _ALSO.get(notebook, ()) if study.runs(other)))
+    wanted = study if notebook == "09" else study.model_copy(update={"notebooks": needed})
+    with open_executor("local", default_jobs(study.device)) as executor:
+        failures = sweep(wanted, executor)
+    if failures:
+        named = "; ".join(f"{f['stage']}: {f['task']}: {f['error']}" for f in failures[:3])
+        raise RuntimeError(f"{len(failures)} of the tasks that this notebook needs failed: {named}")
+
+
+_ALSO = {"05": ("02",)}  # its claims speak of how connectivity moves
+
 Task = tuple[Callable[..., str], Study, Any]
 
 
@@ -72,7 +90,8 @@ def stages(study: Study) -> Iterator[tuple[str, list[Task]]]:
     """(name, tasks) in the order in which they are computed; the tasks of one stage do not need each other."""
     if set(study.notebooks) != {"07"}:  # which trains networks of its own
         yield "dense", [(run_dense, study, seed) for seed in study.seeds]
-    yield "corruptions", [(run_corruption, study, name) for name in study.corruptions]
+    if not study.notebooks or set(study.notebooks) - {"01", "03"}:  # which look at clean images only
+        yield "corruptions", [(run_corruption, study, name) for name in study.corruptions]
     if study.runs("02"):
         yield "drift", [(run_drift, study, seed) for seed in study.seeds]
     if study.runs("04"):
@@ -124,12 +143,14 @@ def _stage(tasks: list[Task], executor: Executor, name: str) -> list[dict[str, A
         log.info("%s: %d found in the store, %d to compute", name, found, len(tasks))
     started, failures, finished = time.perf_counter(), [], 0
     pending = {_submitted(executor, task): (task, 1) for task in tasks}
+    bar = progress.bar(len(tasks), name)
     while pending:
         for future in as_completed(list(pending)):
             task, attempt = pending.pop(future)
             error = future.exception()
             if error is None:
                 finished += 1
+                bar.update()
                 spent = time.perf_counter() - started
                 left = spent / finished * (len(tasks) - finished)
                 text = "%s %d/%d, %.0f s, about %.0f s left: %s"
@@ -140,4 +161,5 @@ def _stage(tasks: list[Task], executor: Executor, name: str) -> list[dict[str, A
             else:
                 log.error("%s: %s failed: %s", name, task[2], error)
                 failures.append({"stage": name, "task": str(task[2]), "error": f"{type(error).__name__}: {error}"})
+    bar.close()
     return failures

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +171,42 @@ def test_the_pool_shares_the_cores() -> None:
     with pool(2) as workers:
         found = list(workers.map(_where, range(3)))
     assert found == [(number, max(1, len(os.sched_getaffinity(0)) // 2)) for number in range(3)]
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The local executor is this thread; names what it was opened as."""
+    opened: list[str] = []
+
+    @contextmanager
+    def open_here(kind: str, jobs: int) -> Iterator[Executor]:
+        opened.append(kind)
+        yield Here()
+
+    monkeypatch.setattr(sweeping, "open_executor", open_here)
+    return opened
+
+
+@pytest.mark.usefixtures("store")
+def test_a_notebook_finds_what_the_sweep_has_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("train", "connectivity", "hybrid_masks", "corrupt", "score"):
+        monkeypatch.setattr(stages, name, fail)
+    for notebook in ("01", "03", "05", "09"):
+        sweeping.ready(STUDY, notebook)
+
+
+def test_a_notebook_computes_only_what_it_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: list[str]
+) -> None:
+    monkeypatch.setenv("GCNET_RUNS", str(tmp_path))
+    sweeping.ready(STUDY, "01")
+    assert here == ["local"]
+    assert {p.name.split("-")[0] for p in tmp_path.glob("*-*")} == {"dense", "connectivity"}
+
+
+@pytest.mark.usefixtures("here")
+def test_a_notebook_says_which_of_its_tasks_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GCNET_RUNS", str(tmp_path))
+    monkeypatch.setattr(stages, "train", fail)
+    with pytest.raises(RuntimeError, match=r"1 of the tasks .* dense: 0: AssertionError: this was computed before"):
+        sweeping.ready(STUDY, "01")
