@@ -15,6 +15,7 @@ from benchmarks import (
     bench_reproduce,
     bench_snacs,
     bench_structured,
+    bench_sweep,
     bench_trainer,
     bench_zoo,
 )
@@ -31,6 +32,7 @@ BENCHMARKS = {
     "dynamic": bench_dynamic.run,
     "structured": bench_structured.run,
     "zoo": bench_zoo.run,
+    "sweep": bench_sweep.run,
     "reproduce": bench_reproduce.run,
 }
 

@@ -63,7 +63,7 @@ def sweep(study: Study, executor: Executor) -> list[dict[str, Any]]:
 
     A failed task is tried once more. Raises nothing for a failed cell: the tables show what is missing.
     """
-    return [failure for name, tasks in stages(study) for failure in _stage(tasks, executor, name)]
+    return [failure for name, tasks in stages(study) for failure in run_stage(tasks, executor, name)]
 
 
 def ready(study: Study, notebook: str) -> None:
@@ -135,7 +135,8 @@ def entries(task: Task) -> tuple[set[Path], bool]:
     return found, True
 
 
-def _stage(tasks: list[Task], executor: Executor, name: str) -> list[dict[str, Any]]:
+def run_stage(tasks: list[Task], executor: Executor, name: str) -> list[dict[str, Any]]:
+    """Run the tasks that the store does not hold, each tried twice at most; returns the failures."""
     found = len(tasks)
     tasks = [task for task in tasks if not entries(task)[1]]
     found -= len(tasks)
