@@ -35,6 +35,7 @@ from gcnet.cka import CKASparsityRegularizer, epsilon_sparsity, find_stages, min
 from gcnet.evaluation import Interval, bootstrap, score, verdict
 from gcnet.hybrid import ghost_prune
 from gcnet.pruning import Masks, apply_masks
+from gcnet.published import published
 from gcnet.sparse_training import magnitude_rewinding, sparse_train
 from gcnet.store import Store, read_json, write_json
 from gcnet.study import Study
@@ -42,20 +43,6 @@ from gcnet.training import autocast, pick_device, train
 
 # A number is raised when the computation behind a kind changes its results.
 VERSIONS = {"cka_run": 1, "cka_measure": 1, "cka_shift": 1, "cka_guided": 1, "cka_cost": 1}
-
-# Published accuracies, in fractions. Source: arXiv 2307.07389 (RST, ResNet-20, 160 epochs of the full training set).
-PUBLISHED = [
-    {"dataset": "CIFAR-100", "method": "RST", "sparsity": s, "without": b / 100, "with": c / 100, "augmented": a / 100}
-    for s, b, c, a in (
-        (0.70, 65.42, 65.60, 65.85),
-        (0.85, 60.37, 60.86, 60.89),
-        (0.90, 56.96, 57.25, 57.02),
-        (0.95, 47.27, 48.26, 48.39),
-        (0.98, 33.74, 34.44, 34.60),
-        (0.998, 2.95, 3.32, 3.04),
-    )
-] + [{"dataset": "CIFAR-10", "method": "RST", "sparsity": 0.95, "without": 0.8416, "with": 0.8503, "augmented": None}]
-
 
 _PRUNABLE = (nn.Conv2d, nn.Linear)
 
@@ -261,7 +248,11 @@ def published_table(study: Study, accuracy: pd.DataFrame) -> pd.DataFrame:
         means = part.groupby("beta").accuracy.mean()
         row = {"source": "ours", "dataset": study.dataset, "method": method.upper(), "sparsity": sparsity}
         rows.append({**row, "without": means[0.0], "with": means[means.index.max()], "augmented": None})
-    table = pd.DataFrame(rows + [{"source": "arXiv 2307.07389", **row} for row in PUBLISHED])
+    given = published("CKA-SR")
+    keys = ["source", "dataset", "sparsity"]
+    names = {"RST": "without", "RST + CKA-SR": "with", "RST + AugCKA-SR": "augmented"}
+    given = given.pivot(index=keys, columns="method", values="accuracy").rename(columns=names).reset_index()
+    table = pd.concat([pd.DataFrame(rows), given.assign(method="RST")], ignore_index=True)
     return table.assign(gain=table["with"] - table["without"])
 
 

@@ -155,7 +155,9 @@ def test_the_sweep_computes_all_that_the_notebook_shows(tables, monkeypatch: pyt
     row = claims[(claims.claim == "cka-sr-3")].iloc[0]
     assert row.estimate == pytest.approx((by[cka_cells.chosen_beta(study)] - by[0.0]).mean()) and row.n == 2
     published = cka_cells.published_table(study, found["accuracy"])
-    assert published.source.iloc[0] == "ours" and len(published) == 1 + len(cka_cells.PUBLISHED)
+    assert published.source.iloc[0] == "ours" and len(published) == 1 + 7
+    line = published[(published.dataset == "CIFAR-10") & (published.source != "ours")].iloc[0]
+    assert line.gain == pytest.approx(0.0087)
     figures = [
         cka_figures.choice(found["choice"]),
         cka_figures.heat_maps(found["similarity"], "rst", 0.95),

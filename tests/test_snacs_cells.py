@@ -129,7 +129,7 @@ def test_tables() -> None:
     }  # fmt: skip
     assert set(truth_table(STUDY).estimator) == {"residual", "residual, all hashed", "projection"}
     published = published_table(STUDY, accuracy)
-    assert {"released plot data", "this study, 1 seeds"} <= set(published.source)
+    assert {"released plot data of arXiv 2006.12463", "this study, 1 seeds"} <= set(published.source)
 
 
 @pytest.mark.usefixtures("store")
