@@ -29,6 +29,11 @@ class Picture:
     alt: str
     source: str  # data: address of the SVG
 
+    @property
+    def caption(self) -> str:
+        """The first sentence of what the picture says; the rest are its numbers."""
+        return self.alt.split(". ")[0].removesuffix(".")
+
 
 @dataclass(frozen=True)
 class Table:

@@ -16,7 +16,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from gcnet import report
 from gcnet.__main__ import main
-from gcnet.reporting import save_figure, save_table
+from gcnet.reporting import in_words, save_figure, save_table
 from gcnet.study import Study
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,7 +52,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     figure, axis = plt.subplots(figsize=(2, 2))
     axis.plot([0, 1])
     for name in ("fig05_claims", "fig05_shifts_950", "fig04_other"):
-        save_figure(figure, study, name, alt=f"{name} in words")
+        save_figure(figure, study, name, alt=f"{name} in words. l1 0.8: direct 72.4.")
     plt.close(figure)
     said = new_output("display_data", data={"text/markdown": "- **gcnet-1**: it holds."})
     notebook = new_notebook(
@@ -96,7 +96,8 @@ def test_the_page_has_what_there_is_and_says_what_is_missing(project: Path) -> N
     assert "Does it hold or not?" in page
     assert "<strong>gcnet-1</strong>: it holds." in page  # the notebook's last words
     assert "make reproduce STUDY=tiny" in page
-    assert 'alt="fig05_claims in words"' in page
+    assert 'alt="fig05_claims in words. l1 0.8: direct 72.4."' in page
+    assert "<figcaption>fig05_claims in words (<code>" in page
     assert "fig05_shifts_950" in page  # named by the notebook with its level left open
     assert "fig04_other" not in page  # drawn by no notebook that ran
     assert "Later layers &lt;guided&gt; &amp; earlier direct." in page
@@ -188,3 +189,9 @@ def test_the_summary_gives_the_numbers_of_the_tables(project: Path) -> None:
     assert "Dense networks: 90.0% on clean test images, 70.0% under shift." in page
     assert "the best guided network (l1, BH, pearson) keeps 62.5% under shift" in page
     assert "directly pruned (l1) 50.0%: the best of 2 and of 1" in page
+
+
+def test_a_table_in_words_names_every_number() -> None:
+    index = pd.MultiIndex.from_tuples([("l1", 0.8), ("lamp", 0.95)], names=["pruner", "sparsity"])
+    table = pd.DataFrame({"direct": ["**72.4 ± 0.4**", ""], "BH": ["65.8 ± 0.2", "1.0"]}, index=index)
+    assert in_words(table) == "l1 0.8: direct 72.4 ± 0.4, BH 65.8 ± 0.2; lamp 0.95: BH 1.0"
