@@ -21,7 +21,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.ma
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help env existing reproduce sweep paper grid report verify pack unpack status test test-slow test-browser lint bench lab clean clean-cache lock
+.PHONY: help env existing reproduce sweep paper grid report readme verify pack unpack status test test-slow test-browser lint bench lab clean clean-cache lock
 
 RUNS := $(if $(GCNET_RUNS),$(GCNET_RUNS),runs)
 DONE := $(RUNS)/done/$(STUDY)
@@ -123,6 +123,9 @@ paper: | $(ENV)  ## run every study of the paper's grid (SCALE=quarter: those fo
 
 grid: | $(ENV)  ## build the tables across studies from the results that there are
 	@$(PY) -m gcnet grid paper$(if $(filter quarter,$(SCALE)),_quarter) $(PAPER)
+
+readme: | $(ENV)  ## fill in the verdicts and times in README.md from results/
+	@$(PY) -m gcnet readme
 
 report: | $(ENV)  ## write results/STUDY/report.html, one page to read or mail of all that the notebooks wrote
 	@$(PY) -m gcnet report --study $(STUDY)

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from gcnet import archive, grid, paths, report, run, verify
+from gcnet import archive, grid, paths, readme, report, reporting, run, verify
 from gcnet.connectivity import SIMILARITIES
 from gcnet.data import DATASETS
 from gcnet.errors import unknown
@@ -29,7 +29,7 @@ from gcnet.networks import NETWORKS
 from gcnet.pruning import PRUNERS
 from gcnet.shifts import CORRUPTIONS, NATURAL_SHIFTS
 from gcnet.study import Study
-from gcnet.sweep import sweep
+from gcnet.sweep import sweep, times
 
 INTERRUPTED = 130
 
@@ -101,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--study", default="digits")
     sub = command("report", _report, "write results/<study>/report.html, one page of all that its notebooks wrote")
     sub.add_argument("--study", default="digits")
+    command("readme", _readme, "fill in the parts of README.md that come from results")
     sub = command("status", _status, "which stages of a study are done or stale, and why")
     sub.add_argument("--study", default="digits")
     command("list", _list, "the names that a study may use")
@@ -157,6 +158,7 @@ def _sweep(options: argparse.Namespace) -> int:
         _print_failures(failures)
         return 1
     if run.is_params_file(study):
+        reporting.save_table(times(study), study, "times")
         run.mark_done(study, "sweep", started)
     print(f"sweep: done in {time.time() - started:.0f} s", flush=True)
     return 0
@@ -222,6 +224,11 @@ def _report(options: argparse.Namespace) -> int:
         print(f"not in it: {line}")
     if missing:
         print(f"make reproduce STUDY={options.study} makes what is not in it")
+    return 0
+
+
+def _readme(_: argparse.Namespace) -> int:
+    print(f"{run.short(readme.write())}: filled in from results")
     return 0
 
 

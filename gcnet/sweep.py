@@ -9,6 +9,8 @@ from concurrent.futures import Executor, Future, as_completed
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from gcnet import ablations, cka_cells, ftwt_cells, progress, snacs_cells, structured_cells
 from gcnet.cells import (
     Cell,
@@ -22,7 +24,7 @@ from gcnet.cells import (
     shift_rows,
 )
 from gcnet.executors import default_jobs, open_executor
-from gcnet.store import looking
+from gcnet.store import looking, read_json
 from gcnet.study import Study
 
 log = logging.getLogger("gcnet")
@@ -133,6 +135,25 @@ def entries(task: Task) -> tuple[set[Path], bool]:
         except Exception:  # missing, or it fails while it is looked for: then it will, and be reported, in its turn
             return found, False
     return found, True
+
+
+def times(study: Study) -> pd.DataFrame:
+    """times.csv: what the stored results of each stage took where they were computed.
+
+    stage, kind, entries, seconds (summed over the processes that computed them), threads (of each), device. An entry is
+    counted in the first stage that has it.
+    """
+    rows, counted = [], set()
+    for name, tasks in stages(study):
+        for task in tasks:
+            for folder in sorted(entries(task)[0] - counted):
+                entry = read_json(folder / "entry.json")
+                made = entry["provenance"]
+                facts = {"stage": name, "kind": entry["kind"], "device": made["device"], "threads": made["threads"]}
+                rows.append({**facts, "entries": 1, "seconds": entry["wall_s"]})
+                counted.add(folder)
+    table = pd.DataFrame(rows, columns=["stage", "kind", "device", "threads", "entries", "seconds"])
+    return table.groupby(["stage", "kind", "device", "threads"], sort=False).sum().reset_index()
 
 
 def run_stage(tasks: list[Task], executor: Executor, name: str) -> list[dict[str, Any]]:

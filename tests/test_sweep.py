@@ -210,3 +210,13 @@ def test_a_notebook_says_which_of_its_tasks_failed(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(stages, "train", fail)
     with pytest.raises(RuntimeError, match=r"1 of the tasks .* dense: 0: AssertionError: this was computed before"):
         sweeping.ready(STUDY, "01")
+
+
+@pytest.mark.usefixtures("store")
+def test_what_a_study_took_is_read_from_its_entries_each_counted_once() -> None:
+    table = sweeping.times(STUDY)
+    by_kind = table.groupby("kind").entries.sum()
+    assert by_kind["dense"] == len(STUDY.seeds)
+    assert by_kind["cell"] == len([cell for cell in cells(STUDY) if not cell.is_dense])
+    assert by_kind["shift"] == len(cells(STUDY))
+    assert (table.seconds >= 0).all() and table.seconds.sum() > 0
