@@ -186,18 +186,29 @@ def class_heat_maps(
 # --- 02 connectivity ------------------------------------------------------------------------------------------------
 
 
-def matrices(connectivity: Mapping[str, Tensor], numbers: Mapping[str, int], columns: int = 5) -> Figure:
-    """Every layer's connectivity matrix: child filters down, input channels across."""
-    figure, axes = panels(len(connectivity), columns, (2.1, 1.9))
-    for axis, (name, matrix) in zip(axes, connectivity.items(), strict=True):
-        image = axis.imshow(matrix.cpu(), cmap="vlag", vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
+def layer_maps(
+    maps: Mapping[str, Tensor], numbers: Mapping[str, int], *, across: str, down: str, label: str, columns: int = 5,
+    **look: Any,
+) -> Figure:  # fmt: skip
+    """One matrix a layer as a picture, a colour bar for all; look: cmap, vmin, vmax of `imshow`."""
+    figure, axes = panels(len(maps), columns, (2.1, 1.9))
+    for axis, (name, matrix) in zip(axes, maps.items(), strict=True):
+        image = axis.imshow(matrix.cpu(), aspect="auto", interpolation="nearest", **look)
         axis.set_title(f"layer {numbers[name]}", fontsize=9)
         axis.set_xticks([])
         axis.set_yticks([])
-    figure.supxlabel("input channel (filter of the parent)", fontsize=10)
-    figure.supylabel("filter", fontsize=10)
-    figure.colorbar(image, ax=axes, shrink=0.5, label="connectivity")
+    figure.supxlabel(across, fontsize=10)
+    figure.supylabel(down, fontsize=10)
+    figure.colorbar(image, ax=axes, shrink=0.5, label=label)
     return figure
+
+
+def matrices(connectivity: Mapping[str, Tensor], numbers: Mapping[str, int], columns: int = 5) -> Figure:
+    """Every layer's connectivity matrix: child filters down, input channels across."""
+    return layer_maps(
+        connectivity, numbers, across="input channel (filter of the parent)", down="filter", label="connectivity",
+        columns=columns, cmap="vlag", vmin=-1, vmax=1,
+    )  # fmt: skip
 
 
 def strength_by_layer(table: pd.DataFrame, numbers: Mapping[str, int]) -> Figure:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from gcnet.evaluation import Interval, bootstrap, verdict
-from gcnet.figures import panels, whole_numbers
+from gcnet.figures import layer_maps, panels, whole_numbers
 from gcnet.published import published
 from gcnet.snacs import GRID
 from gcnet.snacs_cells import (
@@ -273,17 +273,14 @@ def truth(table: pd.DataFrame) -> Figure:
 
 def score_maps(scores: Mapping[str, Tensor], numbers: Mapping[str, int], columns: int = 5) -> Figure:
     """Every layer's scores as ranks within the layer (0 goes first), child groups down, parent groups across."""
-    figure, axes = panels(len(scores), columns, (2.1, 1.9))
-    for axis, (name, rho) in zip(axes, scores.items(), strict=True):
-        ranks = rho.flatten().argsort().argsort().view(rho.shape).double() / max(1, rho.numel() - 1)
-        image = axis.imshow(ranks, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-        axis.set_title(f"layer {numbers[name]}", fontsize=9)
-        axis.set_xticks([])
-        axis.set_yticks([])
-    figure.supxlabel("parent group", fontsize=10)
-    figure.supylabel("child group", fontsize=10)
-    figure.colorbar(image, ax=axes, shrink=0.5, label="rank within the layer")
-    return figure
+    ranks = {
+        name: rho.flatten().argsort().argsort().view(rho.shape).double() / max(1, rho.numel() - 1)
+        for name, rho in scores.items()
+    }
+    return layer_maps(
+        ranks, numbers, across="parent group", down="child group", label="rank within the layer", columns=columns,
+        cmap="viridis", vmin=0, vmax=1,
+    )  # fmt: skip
 
 
 def limit_curves(
