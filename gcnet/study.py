@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 import re
 from itertools import chain
@@ -345,6 +346,20 @@ class Study(BaseModel):
         A parameter that the notebook does not declare keeps its default.
         """
         return cls.create(**{name: variables[name] for name in cls.model_fields if name in variables})
+
+    def _repr_html_(self) -> str:
+        """In a notebook: what is studied in one line, every parameter (not the default's in bold) behind a click."""
+        seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''}"
+        lines = []
+        for name, value in self.model_dump(mode="json").items():
+            text = html.escape(f"{name}: {value}")
+            default = getattr(self, name) == type(self).model_fields[name].get_default()
+            lines.append(f"<li><code>{text}</code></li>" if default else f"<li><code><b>{text}</b></code></li>")
+        return (
+            f"<details><summary>study <b>{html.escape(self.study)}</b>: {html.escape(self.network)} at {self.width:g} "
+            f"of its width, {html.escape(self.dataset)}, {seeds}; all parameters (bold: not the default)</summary>"
+            f'<ul style="columns: 3; list-style: none; padding: 0">{"".join(lines)}</ul></details>'
+        )
 
     def only(self, *names: str) -> dict[str, Any]:
         """The named parameters as plain JSON values: what goes into a store key."""

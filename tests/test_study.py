@@ -178,3 +178,10 @@ def test_a_study_names_its_notebooks_by_number() -> None:
 
 def test_a_notebook_need_not_declare_every_parameter() -> None:
     assert Study.from_notebook({"seeds": [4], "something": 1}) == Study(seeds=(4,))
+
+
+def test_a_notebook_shows_every_parameter_and_which_are_not_the_default() -> None:
+    shown = Study.create(study="a<b", epochs=7, seeds=[0])._repr_html_()
+    assert "study <b>a&lt;b</b>: vgg16_bn at 0.25 of its width, digits, 1 seed;" in shown
+    assert "<b>epochs: 7</b>" in shown and "<code>width: 0.25</code>" in shown
+    assert shown.count("<li>") == len(Study.model_fields)
