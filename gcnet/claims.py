@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,14 @@ def overall(claims: pd.DataFrame) -> pd.DataFrame:
         word = "contradicted" if count["contradicted"] else "inconclusive" if count["inconclusive"] else "supported"
         rows.append({"claim": claim, "statement": part.statement.iloc[0], **count, "verdict": word})
     return pd.DataFrame(rows, columns=["claim", "statement", "supported", "contradicted", "inconclusive", "verdict"])
+
+
+def every_verdict(folder: Path, left_out: Collection[str] = ()) -> pd.DataFrame:
+    """`overall` of every table of claims below results/<study>/, GC-Net's first; left_out: such as "tables/claims"."""
+    files = sorted(folder.glob("tables/*claims.csv"), key=lambda path: (path.stem != "claims", path.stem))
+    tables = [pd.read_csv(path) for path in files if f"tables/{path.stem}" not in left_out]
+    found = [overall(table) for table in tables if len(table)]
+    return pd.concat(found, ignore_index=True) if found else overall(pd.DataFrame(columns=COLUMNS))
 
 
 # --- one comparison -------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from gcnet import paths, run
-from gcnet.claims import overall
+from gcnet.claims import every_verdict
 from gcnet.store import atomic_write, provenance
 from gcnet.study import Study
 
@@ -82,7 +82,7 @@ def write_report(name: str) -> tuple[Path, list[str]]:
         reasons.setdefault(why, []).append(item)
     chapters = list(_chapters(study, folder, set(other)))
     missing = _missing(study, folder)
-    claims = _claims(folder, set(other))
+    claims = every_verdict(folder, set(other))
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.get_template("report.html.j2").render(
         study=study,
@@ -227,14 +227,6 @@ def _table(file: Path) -> Table:
 
 
 # --- the answer first -----------------------------------------------------------------------------------------------
-
-
-def _claims(folder: Path, left_out: set[str]) -> pd.DataFrame:
-    """One row a claim of every system: claim, statement, supported, contradicted, inconclusive, verdict."""
-    files = sorted(folder.glob("tables/*claims.csv"), key=lambda p: (p.stem != "claims", p.stem))
-    tables = [pd.read_csv(p) for p in files if f"tables/{p.stem}" not in left_out]
-    found = [overall(t) for t in tables if len(t)]
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=["claim", "statement", "verdict"])
 
 
 def _summary(study: Study, folder: Path, claims: pd.DataFrame, left_out: set[str]) -> list[str]:
