@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from gcnet import archive, grid, paths, readme, report, reporting, run, verify
+from gcnet import archive, paths, report, run, verify
 from gcnet.connectivity import SIMILARITIES
 from gcnet.data import DATASETS
 from gcnet.errors import unknown
@@ -158,6 +158,8 @@ def _sweep(options: argparse.Namespace) -> int:
         _print_failures(failures)
         return 1
     if run.is_params_file(study):
+        from gcnet import reporting
+
         reporting.save_table(times(study), study, "times")
         run.mark_done(study, "sweep", started)
     print(f"sweep: done in {time.time() - started:.0f} s", flush=True)
@@ -228,11 +230,15 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _readme(_: argparse.Namespace) -> int:
+    from gcnet import readme
+
     print(f"{run.short(readme.write())}: filled in from results")
     return 0
 
 
 def _grid(options: argparse.Namespace) -> int:
+    from gcnet import grid
+
     for study in options.studies:
         if study not in run.studies():
             raise unknown("study", study, run.studies())

@@ -30,13 +30,6 @@ from torch import Tensor
 
 from gcnet.errors import unknown
 
-try:
-    from torchvision import io as torchvision_jpeg
-
-    torchvision_jpeg.encode_jpeg, torchvision_jpeg.decode_jpeg  # noqa: B018
-except (ImportError, AttributeError):
-    torchvision_jpeg = None
-
 # Each entry holds the parameters of severities 1 to 5, in the order in which the corruption takes them.
 # Lengths are pixels at the table's own image size (REFERENCE_SIZES).
 SEVERITY_TABLES: dict[str, dict[str, tuple[tuple[float, ...], ...]]] = {
@@ -613,16 +606,20 @@ def _shrink(levels: Tensor, axis: int, small: int) -> Tensor:
 
 def jpeg_compression(images: Tensor, draw: Draws, scale: float, quality: float) -> Tensor:
     """JPEG at `quality`, encoded and decoded for real on the CPU; one channel as a greyscale JPEG."""
-    through = _jpeg_by_pillow if torchvision_jpeg is None else _jpeg_by_torchvision
-    return through(images.cpu(), int(quality)).to(images.device)
+    try:
+        pixels = _jpeg_by_torchvision(images.cpu(), int(quality))
+    except (ImportError, AttributeError):
+        pixels = _jpeg_by_pillow(images.cpu(), int(quality))
+    return pixels.to(images.device)
 
 
 def _jpeg_by_torchvision(images: Tensor, quality: int) -> Tensor:
     """The faster way, to the same pixels; torchvision has announced to drop it, hence the other."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        files = torchvision_jpeg.encode_jpeg(list(images), quality=quality)
-        return torch.stack(torchvision_jpeg.decode_jpeg(files))
+        from torchvision.io import decode_jpeg, encode_jpeg  # imported here: it takes seconds
+
+        return torch.stack(decode_jpeg(encode_jpeg(list(images), quality=quality)))
 
 
 def _jpeg_by_pillow(images: Tensor, quality: int) -> Tensor:

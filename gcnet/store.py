@@ -17,6 +17,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,6 @@ def provenance() -> dict[str, Any]:
     """What produced a result: code version, package versions, machine, peak memory of this process (MiB)."""
     import numpy
     import torch
-    import torchvision
 
     from gcnet import __version__
 
@@ -109,7 +109,7 @@ def provenance() -> dict[str, Any]:
             "gcnet": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
+            "torchvision": version("torchvision"),  # importing it takes seconds
             "numpy": numpy.__version__,
         },
         "platform": f"{platform.system()} {platform.machine()}",
