@@ -7,7 +7,7 @@ import math
 import re
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -25,7 +25,7 @@ class Study(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     study: str = Field("digits", description="name: results go to results/<study>/")
-    notebooks: tuple[str, ...] = Field((), description="the notebooks that the study runs, by number; () = every one")
+    notebooks: tuple[str, ...] = Field((), description="the notebooks that the study runs, by number; (): every one")
 
     # data
     dataset: str = Field("digits", description="registry name, or image_folder:PATH")
@@ -33,8 +33,8 @@ class Study(BaseModel):
     channels: Literal[1, 3] = 1
     val_share: float = Field(0.1, ge=0, lt=1, description="share of the training images kept for choices")
     split_seed: int = Field(0, ge=0)
-    train_images: int = Field(0, ge=0, description="use only this many training images, class-balanced; 0 = all")
-    classes: int = Field(0, ge=0, description="use only the first so many classes; 0 = all")
+    train_images: int = Field(0, ge=0, description="use only this many training images, class-balanced; 0: all")
+    classes: int = Field(0, ge=0, description="use only the first so many classes; 0: all")
     natural_shifts: tuple[str, ...] = ()
 
     # network and its training
@@ -48,7 +48,7 @@ class Study(BaseModel):
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(5e-4, ge=0)
     label_smoothing: float = Field(0.1, ge=0, lt=1)
-    crop_padding: int = Field(2, ge=0, description="random crop after zero-padding by this many pixels; 0 = none")
+    crop_padding: int = Field(2, ge=0, description="random crop after zero-padding by this many pixels; 0: none")
     flip: bool = Field(False, description="random horizontal flip")
 
     # GC-Net
@@ -62,7 +62,7 @@ class Study(BaseModel):
     classwise: bool = False
     absolute: bool = False
     residual: Literal["all", "nearest"] = "all"
-    connectivity_images: int = Field(0, ge=0, description="training images that connectivity is measured on; 0 = all")
+    connectivity_images: int = Field(0, ge=0, description="training images that connectivity is measured on; 0: all")
     ghost_batchnorm: Literal["identity", "original"] = "identity"
     finetune_epochs: int = Field(3, ge=0)
     finetune_lr: float = Field(0.02, gt=0)
@@ -82,7 +82,7 @@ class Study(BaseModel):
     cka_methods: tuple[str, ...] = Field(("rst", "rigl", "rewind"), description="sparse training methods compared")
     cka_sparsities: tuple[float, ...] = Field((0.9, 0.98), min_length=1)
     cka_headline_sparsities: tuple[float, ...] = Field(
-        (), description="sparsities run with every seed, the others with the first three; () = all"
+        (), description="sparsities run with every seed, the others with the first three; (): all"
     )
     cka_betas: tuple[float, ...] = Field(
         (1e-3, 1e-2), min_length=1, description="candidates for beta; the best on validation images is used"
@@ -100,7 +100,7 @@ class Study(BaseModel):
     cka_images: int = Field(512, ge=8, description="test images that similarity is measured on")
     cka_epsilons: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
     cka_shift_methods: tuple[str, ...] = Field(("rst",), description="methods evaluated under shift")
-    cka_guided_sparsity: float = Field(0.95, ge=0, lt=1, description="GC-Net on networks trained with CKA-SR; 0 = not")
+    cka_guided_sparsity: float = Field(0.95, ge=0, lt=1, description="GC-Net on networks trained with CKA-SR; 0: not")
     # FTWT
     ftwt_r: tuple[float, ...] = Field(
         (0.8, 0.92), min_length=1, description="shares of a layer's activation that the wanted filters hold"
@@ -115,7 +115,7 @@ class Study(BaseModel):
     ftwt_lr: float = Field(0.02, gt=0, description="the backbone's")
     ftwt_head_lr: float = Field(0.1, gt=0, description="the heads', constant")
     ftwt_head_cooldown: float = Field(0.5, ge=0, le=1, description="share of the epochs, the last, with frozen heads")
-    ftwt_estimate_images: int = Field(0, ge=0, description="training images of the estimate before training; 0 = all")
+    ftwt_estimate_images: int = Field(0, ge=0, description="training images of the estimate before training; 0: all")
     ftwt_latency_sizes: tuple[int, ...] = Field((32, 64), description="image sizes that latency is measured at")
     ftwt_latency_batches: tuple[int, ...] = Field((1, 16), description="batch sizes that latency is measured at")
 
@@ -123,10 +123,10 @@ class Study(BaseModel):
     shifts: tuple[str, ...] = Field(("all",), description="corruption names, or 'all'")
     severities: tuple[int, ...] = (1, 2, 3, 4, 5)
     severity_table: Literal["cifar-c", "imagenet-c"] = "cifar-c"
-    shift_images: int = Field(200, ge=0, description="test images that are corrupted, class-balanced; 0 = all")
+    shift_images: int = Field(200, ge=0, description="test images that are corrupted, class-balanced; 0: all")
 
     # SNACS
-    snacs_groups: int = Field(0, ge=0, description="groups a layer; 0 = the largest divisor of its filters up to 64")
+    snacs_groups: int = Field(0, ge=0, description="groups a layer; 0: the largest divisor of its filters up to 64")
     snacs_images: int = Field(60, ge=1, description="training images a class that scores and limits are measured on")
     snacs_phi: Literal["mean", "square", "exp", "none"] = Field("mean", description="how weights scale the score")
     snacs_weights: Literal["absolute", "signed_global"] = "absolute"
@@ -164,6 +164,21 @@ class Study(BaseModel):
     # machine
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_as_text(cls, values: dict[str, Any]) -> dict[str, Any]:
+        # `papermill -p seeds "[0, 1]"` hands over text.
+        read = {}
+        for name, value in values.items():
+            field = cls.model_fields.get(name)
+            if field and isinstance(value, str) and get_origin(field.annotation) in (tuple, dict):
+                try:
+                    value = yaml.safe_load(value)
+                except yaml.YAMLError:
+                    raise ValueError(f"{name}: {value!r} is not a list or mapping in YAML") from None
+            read[name] = value
+        return read
 
     @model_validator(mode="before")
     @classmethod

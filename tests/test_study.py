@@ -185,3 +185,12 @@ def test_a_notebook_shows_every_parameter_and_which_are_not_the_default() -> Non
     assert "study <b>a&lt;b</b>: vgg16_bn at 0.25 of its width, digits, 1 seed;" in shown
     assert "<b>epochs: 7</b>" in shown and "<code>width: 0.25</code>" in shown
     assert shown.count("<li>") == len(Study.model_fields)
+
+
+def test_lists_may_come_as_text_as_papermill_gives_them() -> None:
+    study = Study.create(seeds="[0, 1]", shifts="[fog]", guidance="{pearson: [BH]}")
+    assert (study.seeds, study.shifts, study.guidance) == ((0, 1), ("fog",), {"pearson": ("BH",)})
+    with pytest.raises(ValueError, match="seeds"):
+        Study.create(seeds="[0, 1")
+    with pytest.raises(ValueError, match="seeds"):
+        Study.create(seeds="three")
