@@ -32,7 +32,8 @@ from gcnet.cells import (
     splits,
 )
 from gcnet.cka import CKASparsityRegularizer, epsilon_sparsity, find_stages, minibatch_cka
-from gcnet.evaluation import Interval, bootstrap, score, verdict
+from gcnet.claims import Comparison, judged
+from gcnet.evaluation import bootstrap, score
 from gcnet.hybrid import ghost_prune
 from gcnet.pruning import Masks, apply_masks
 from gcnet.published import published
@@ -470,17 +471,6 @@ def cost_table(study: Study) -> pd.DataFrame:
 
 # --- claims ---------------------------------------------------------------------------------------------------------
 
-_STATEMENTS = {
-    "cka-sr-1": "The penalty lowers the similarity of blocks of one stage.",
-    "cka-sr-2": "The penalty raises the share of weights near 0.",
-    "cka-sr-3": "The penalty raises the accuracy of sparse training.",
-    "cka-sr-4": "It raises accuracy most at the highest sparsity.",
-    "cka-sr-5": "The penalty raises accuracy under shift.",
-    "cka-sr-6": "A network trained with the penalty is more accurate after guided pruning.",
-}
-_SOURCES = {"cka-sr-5": "this project", "cka-sr-6": "this project"}
-
-
 def paired(rows: pd.DataFrame, beta: float, value: str) -> pd.Series:
     """With `beta` less without, per seed; rows are averaged over everything else first."""
     by = rows.groupby(["beta", "seed"])[value].mean().unstack("beta")
@@ -492,13 +482,12 @@ def claims_table(
     combined: pd.DataFrame,
 ) -> pd.DataFrame:  # fmt: skip
     """cka_sr_claims.csv, with the columns of claims.csv: differences with less without the penalty, paired by seed."""
-    rows: list[dict[str, Any]] = []
+    compared: list[Comparison] = []
 
     def add(claim: str, measure: str, differences: pd.Series, sparsity: float, smallest: float = 0.002) -> None:
-        if differences.empty:
-            return
-        interval = bootstrap(differences.to_numpy())
-        rows.append(_claim_row(claim, measure, interval, sparsity, verdict(interval, smallest=smallest)))
+        if not differences.empty:
+            interval = bootstrap(differences.to_numpy())
+            compared.append(Comparison(claim, measure, interval, sparsity, smallest=smallest))
 
     pairs = similarity[similarity.same_stage]
     for (method, sparsity), part in pairs.groupby(["method", "sparsity"], sort=False):
@@ -525,23 +514,7 @@ def claims_table(
     for hybrid, part in combined.groupby("hybrid", sort=False) if len(combined) else []:
         level = study.cka_guided_sparsity
         add("cka-sr-6", f"accuracy after pruning: {hybrid}, beta {beta:g}", paired(part, beta, "accuracy"), level)
-    columns = ["claim", "source", "statement", "measure", "estimate", "ci_low", "ci_high", "n", "verdict", "sparsity"]
-    return pd.DataFrame(rows, columns=columns)
-
-
-def _claim_row(claim: str, measure: str, interval: Interval, sparsity: float, word: str) -> dict[str, Any]:
-    return {
-        "claim": claim,
-        "source": _SOURCES.get(claim, "CKA-SR, abstract"),
-        "statement": _STATEMENTS[claim],
-        "measure": measure,
-        "estimate": interval.estimate,
-        "ci_low": interval.low,
-        "ci_high": interval.high,
-        "n": interval.n,
-        "verdict": word,
-        "sparsity": sparsity,
-    }
+    return judged(compared)
 
 
 # --- the sweep ------------------------------------------------------------------------------------------------------

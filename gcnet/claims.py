@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,36 +39,70 @@ def claims_table(study: Study, shifts: pd.DataFrame, accuracy: pd.DataFrame) -> 
 
     One row a comparison and sparsity. Differences are paired: the same pruner (unless the comparison names one on each
     side), sparsity, seed, shift and severity, averaged over pruners. A comparison whose cells the study does not have
-    is left out. p_holm is adjusted for all comparisons of one claim, and the verdict goes by it (choice).
+    is left out; so are the claims that other notebooks test.
     """
-    rows: list[dict[str, Any]] = []
+    compared: list[Comparison] = []
     for claim in load_claims():
         if study.study not in claim.get("studies", [study.study]):
             continue
-        tested = [
-            (test, sparsity, interval)
-            for test in claim["comparisons"]
-            for sparsity in ((0.0,) if test["measure"].startswith("drift") else study.sparsities)
-            if (interval := _interval(study, test, sparsity, shifts, accuracy)) is not None
-        ]
-        p = [p_value(interval, test.get("margin", 0.0)) for test, _, interval in tested]
-        for (test, sparsity, interval), alone, adjusted in zip(tested, p, holm(p), strict=True):
-            rows.append(
-                {
-                    "claim": claim["id"],
-                    "source": claim["source"],
-                    "statement": claim["statement"],
-                    "measure": _in_words(test),
-                    "estimate": interval.estimate,
-                    "ci_low": interval.low,
-                    "ci_high": interval.high,
-                    "n": interval.n,
-                    "verdict": verdict(interval, margin=test.get("margin", 0.0), p=adjusted),
-                    "sparsity": sparsity,
-                    "p": alone,
-                    "p_holm": adjusted,
-                }
-            )
+        for test in claim.get("comparisons", ()):
+            for sparsity in (0.0,) if test["measure"].startswith("drift") else study.sparsities:
+                interval = _interval(study, test, sparsity, shifts, accuracy)
+                if interval is not None:
+                    margin = test.get("margin", 0.0)
+                    compared.append(Comparison(claim["id"], _in_words(test), interval, sparsity, margin=margin))
+    return judged(compared)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One measurement that a claim is judged by.
+
+    margin: the loss that "at least as good" tolerates. smallest: a difference that would matter, for the number of
+    seeds that an inconclusive verdict names. word: the verdict, where something other than the interval decides.
+    """
+
+    claim: str
+    measure: str
+    interval: Interval
+    sparsity: float = 0.0
+    margin: float = 0.0
+    smallest: float = 0.002
+    word: str = ""
+
+
+def judged(compared: Sequence[Comparison]) -> pd.DataFrame:
+    """A table of claims, with the columns of claims.csv: one row a comparison.
+
+    Sources and statements are those of params/claims.yaml. p_holm is adjusted for all comparisons of one claim, and the
+    verdict goes by it (choice). Raises KeyError for a claim that is not there.
+    """
+    known = {claim["id"]: claim for claim in load_claims()}
+    adjusted: dict[int, tuple[float, float]] = {}
+    for claim in dict.fromkeys(one.claim for one in compared):
+        of_claim = [n for n, one in enumerate(compared) if one.claim == claim and not one.word]
+        p = [p_value(compared[n].interval, compared[n].margin) for n in of_claim]
+        adjusted |= dict(zip(of_claim, zip(p, holm(p), strict=True), strict=True))
+    rows = []
+    for number, one in enumerate(compared):
+        alone, with_others = adjusted.get(number, (np.nan, np.nan))
+        found = one.interval
+        rows.append(
+            {
+                "claim": one.claim,
+                "source": known[one.claim]["source"],
+                "statement": known[one.claim]["statement"],
+                "measure": one.measure,
+                "estimate": found.estimate,
+                "ci_low": found.low,
+                "ci_high": found.high,
+                "n": found.n,
+                "verdict": one.word or verdict(found, margin=one.margin, smallest=one.smallest, p=with_others),
+                "sparsity": one.sparsity,
+                "p": alone,
+                "p_holm": with_others,
+            }
+        )
     return pd.DataFrame(rows, columns=COLUMNS)
 
 

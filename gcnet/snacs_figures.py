@@ -11,7 +11,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from gcnet.evaluation import Interval, bootstrap, verdict
+from gcnet.claims import Comparison, judged
+from gcnet.evaluation import Interval, bootstrap
 from gcnet.figures import layer_maps, panels, whole_numbers
 from gcnet.published import published
 from gcnet.snacs import GRID
@@ -152,54 +153,40 @@ def published_table(study: Study, accuracy: pd.DataFrame) -> pd.DataFrame:
 
 
 def claims_table(study: Study, accuracy: pd.DataFrame, shifts: pd.DataFrame, speed: pd.DataFrame) -> pd.DataFrame:
-    """snacs_claims.csv, with the columns of claims.csv: claim, source, statement, measure, estimate, ci_low, ci_high,
-    n, verdict. Differences are paired by seed and delta (and shift and severity), SNACS less the peer."""
+    """snacs_claims.csv, with the columns of claims.csv.
+
+    Differences are SNACS less the peer, paired by seed and delta (and shift and severity).
+    """
     rows = [*_speed_claims(study, speed), _automatic_claim(study)]
     for peer in (m for m in study.snacs_methods if m != "snacs" and "snacs" in study.snacs_methods):
         rows.append(_reached_claim(accuracy, peer))
         for measure, part in (("clean", shifts[shifts.severity == 0]), ("shifted", shifts[shifts.severity > 0])):
             rows.append(_accuracy_claim(part, measure, peer))
-    return pd.DataFrame(rows)
-
-
-def _row(claim: str, source: str, statement: str, measure: str, interval: Interval, how: str) -> dict[str, Any]:
-    return {
-        "claim": claim,
-        "source": source,
-        "statement": statement,
-        "measure": measure,
-        "estimate": interval.estimate,
-        "ci_low": interval.low,
-        "ci_high": interval.high,
-        "n": interval.n,
-        "verdict": how,
-    }
+    return judged(rows)
 
 
 def _fact(value: float) -> Interval:
     return Interval(value, value, value, 1, 0.0)
 
 
-def _speed_claims(study: Study, speed: pd.DataFrame) -> list[dict[str, Any]]:
-    statement = "The hash estimator is faster by over 17 x than the spanning-tree estimator at every group count."
+def _speed_claims(study: Study, speed: pd.DataFrame) -> list[Comparison]:
     rows = []
     for line in speed[speed.estimator != "hash (ours)"].itertuples():
         measure = f"times as long as ours: {line.estimator}, {line.groups} groups, N = {line.samples}"
         how = "supported" if line.ratio > 17 else "contradicted"
-        rows.append(_row("snacs-1", "SNACS, abstract", statement, measure, _fact(line.ratio), how))
+        rows.append(Comparison("snacs-1", measure, _fact(line.ratio), word=how))
     return rows
 
 
-def _automatic_claim(study: Study) -> dict[str, Any]:
+def _automatic_claim(study: Study) -> Comparison:
     """Every limit comes from one rule, every protection from one fraction: how many layers have their own number."""
     found = [analysis(study, seed) for seed in study.seeds]
     limits = [layer for known in found for layer in known.limits]
     by_hand = sum(isinstance(value, dict) for name, value in study if name.startswith("snacs_"))
-    statement = "Limits and protected filters are found without a number set by hand for a layer."
     share = sum(known.limits[layer] == _limit(study, known.curves[layer]) for known in found for layer in known.limits)
     how = "supported" if share == len(limits) and not by_hand else "contradicted"
-    return _row("snacs-2", "SNACS, abstract", statement, "share of layers whose limit follows from the rule alone",
-                _fact(share / max(1, len(limits))), how)  # fmt: skip
+    measure = "share of layers whose limit follows from the rule alone"
+    return Comparison("snacs-2", measure, _fact(share / max(1, len(limits))), word=how)
 
 
 def _limit(study: Study, curve: Sequence[float]) -> float:
@@ -222,21 +209,18 @@ def reached(accuracy: pd.DataFrame, method: str, loss: float = 0.01) -> pd.Serie
     return fine.groupby("seed").sparsity.max().reindex(dense.index, fill_value=0.0)
 
 
-def _reached_claim(accuracy: pd.DataFrame, peer: str) -> dict[str, Any]:
-    statement = "At less than one point of accuracy lost, SNACS removes more than other single-shot methods."
+def _reached_claim(accuracy: pd.DataFrame, peer: str) -> Comparison:
     interval = bootstrap((reached(accuracy, "snacs") - reached(accuracy, peer)).to_numpy())
     measure = f"sparsity at less than one point lost (validation), difference: snacs - {peer}"
-    return _row("snacs-3", "SNACS, abstract", statement, measure, interval, verdict(interval))
+    return Comparison("snacs-3", measure, interval)
 
 
-def _accuracy_claim(rows: pd.DataFrame, measure: str, peer: str) -> dict[str, Any]:
-    statement = "At the same sparsity SNACS is at least as accurate as other single-shot methods."
+def _accuracy_claim(rows: pd.DataFrame, measure: str, peer: str) -> Comparison:
     index = {"index": "seed", "columns": ["delta", "shift", "severity"], "values": "accuracy"}
     of = {name: rows[rows.method == name].pivot_table(**index) for name in ("snacs", peer)}
     interval = bootstrap((of["snacs"] - of[peer]).to_numpy())
     label = {"clean": "clean accuracy", "shifted": "accuracy under shift"}[measure]
-    return _row("snacs-4", "this project", statement, f"{label}, difference: snacs - {peer}", interval,
-                verdict(interval, margin=0.005))  # fmt: skip
+    return Comparison("snacs-4", f"{label}, difference: snacs - {peer}", interval, margin=0.005)
 
 
 # --- figures --------------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from gcnet import cells, cost, data
-from gcnet.evaluation import bootstrap, score, verdict
+from gcnet.claims import Comparison, judged
+from gcnet.evaluation import bootstrap, score
 from gcnet.store import Store, read_json, write_json
 from gcnet.structured import StructuredPruning, load_structured, structured_prune, torch_pruning
 from gcnet.study import Study
@@ -238,9 +239,6 @@ def shift_table(study: Study) -> pd.DataFrame:
     )  # fmt: skip
 
 
-CLAIM = ("structured-1", "this project", "Ghost guidance of filters is at least as accurate under shift as {}.")
-
-
 def claims_table(study: Study, shifts: pd.DataFrame, margin: float = 0.005) -> pd.DataFrame:
     """structured_claims.csv, with the columns of claims.csv: each hybrid of the ghost against each other method.
 
@@ -249,29 +247,16 @@ def claims_table(study: Study, shifts: pd.DataFrame, margin: float = 0.005) -> p
     """
     ours = [m for m in study.structured_methods if m not in PEERS and m != "direct"]
     others = [m for m in study.structured_methods if m not in ours]
-    rows = []
+    compared = []
     for share in study.structured_macs:
         part = shifts[(shifts.severity > 0) & (shifts.macs_share == share)]
         wide = part.pivot_table(index="seed", columns=["method", "shift", "severity"], values="accuracy")
         for mine in ours:
             for other in others:
                 interval = bootstrap((wide[mine] - wide[other]).to_numpy())
-                rows.append(
-                    {
-                        "claim": CLAIM[0],
-                        "source": CLAIM[1],
-                        "statement": CLAIM[2].format(PEERS.get(other, "direct scoring by |weight|")),
-                        "measure": f"accuracy under shift, difference: {mine} - {other}",
-                        "estimate": interval.estimate,
-                        "ci_low": interval.low,
-                        "ci_high": interval.high,
-                        "n": interval.n,
-                        "verdict": verdict(interval, margin=margin),
-                        "macs_share": share,
-                    }
-                )
-    columns = ["claim", "source", "statement", "measure", "estimate", "ci_low", "ci_high", "n", "verdict", "macs_share"]
-    return pd.DataFrame(rows, columns=columns)
+                measure = f"accuracy under shift, difference: {mine} - {PEERS.get(other, other)} ({share:.0%} of MACs)"
+                compared.append(Comparison("structured-1", measure, interval, margin=margin))
+    return judged(compared)
 
 
 # --- stages of the sweep --------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from gcnet import claims, paths
-from gcnet.claims import claims_table, load_claims, overall
+from gcnet.claims import Comparison, claims_table, judged, load_claims, overall
+from gcnet.evaluation import Interval
 from gcnet.study import Study
 
 STUDY = Study.create(study="small", seeds=[0, 1, 2, 3], sparsities=[0.8], notebooks=["05"])
@@ -120,7 +121,29 @@ def test_the_projects_claims_are_well_formed() -> None:
     found = load_claims()
     assert len({claim["id"] for claim in found}) == len(found) >= 6
     for claim in found:
-        assert set(claim) <= {"id", "source", "statement", "comparisons", "studies"}
-        for test in claim["comparisons"]:
+        assert set(claim) <= {"id", "source", "statement", "comparisons", "studies", "notebook"}
+        assert ("comparisons" in claim) != ("notebook" in claim)
+        for test in claim.get("comparisons", ()):
             assert test["measure"] in claims._MEASURES
             assert test["measure"].startswith("drift") or {"of", "against"} <= set(test)
+
+
+def test_every_system_is_judged_alike() -> None:
+    clear, noisy = Interval(0.05, 0.04, 0.06, 5, 0.01), Interval(0.05, -0.04, 0.14, 5, 0.1)
+    barely = Interval(0.05, 0.001, 0.099, 5, 0.04)
+    found = judged(
+        [
+            Comparison("snacs-4", "clear", clear, margin=0.005),
+            Comparison("snacs-4", "barely", barely, sparsity=0.8),
+            Comparison("snacs-4", "noisy", noisy, smallest=0.05),
+            Comparison("ftwt-2", "alone", barely),
+            Comparison("snacs-2", "a fact", Interval(1.0, 1.0, 1.0, 1, 0.0), word="supported"),
+        ]
+    ).set_index("measure")
+    words = found.verdict.str.split(" ").str[0]
+    assert list(words) == ["supported", "inconclusive", "inconclusive", "supported", "supported"]
+    assert found.p_holm["barely"] == pytest.approx(2 * found.p["barely"])  # the second of three comparisons
+    assert found.p_holm["alone"] == found.p["alone"]  # another claim, not adjusted for this one
+    assert found.statement["alone"].startswith("Dynamic masks") and found.sparsity["barely"] == 0.8
+    with pytest.raises(KeyError, match="snacs-9"):
+        judged([Comparison("snacs-9", "", clear)])

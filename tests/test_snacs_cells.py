@@ -11,6 +11,7 @@ import torch
 
 from gcnet import snacs_cells as stages
 from gcnet.cells import dense, graph, splits
+from gcnet.claims import COLUMNS
 from gcnet.pruning import Masks, sparsity
 from gcnet.snacs_cells import (
     SnacsCell,
@@ -136,9 +137,7 @@ def test_tables() -> None:
 def test_claims_follow_from_the_tables() -> None:
     accuracy, shifts, speed = accuracy_table(STUDY), shift_table(STUDY), speed_table(STUDY)
     claims = claims_table(STUDY, accuracy, shifts, speed)
-    assert list(claims.columns) == [
-        "claim", "source", "statement", "measure", "estimate", "ci_low", "ci_high", "n", "verdict"
-    ]  # fmt: skip
+    assert tuple(claims.columns) == COLUMNS
     by = claims.set_index("measure")
     assert by.loc["share of layers whose limit follows from the rule alone", "verdict"] == "supported"
     difference = cell_result(STUDY, PRUNED[0])["accuracy"] - cell_result(STUDY, SnacsCell("gcnet", 0.6, 0))["accuracy"]
