@@ -364,8 +364,13 @@ def accuracy_points(rows: pd.DataFrame, value: str, label: str, dense: float | N
         axis.set_xticks(range(len(sparsities)), [f"{100 * s:g} %" for s in sparsities])
         axis.set(title=PRUNERS[pruner], xlabel="sparsity")
     axes[0].set_ylabel(f"{label}, %")
-    axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    _legend(axes[-1], "mean, 95 % interval\nover seeds")
     return figure
+
+
+def _legend(axis: Axes, note: str) -> None:
+    """The legend to the right of the last panel, headed by what points and bars are."""
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), title=note, title_fontsize=8, alignment="left")
 
 
 def _point(axis: Axes, x: float, values: np.ndarray, name: str, labelled: bool) -> None:
@@ -398,7 +403,7 @@ def flops_bars(rows: pd.DataFrame, network: str) -> Figure:
             f"{network}, {PRUNERS[part.pruner.iloc[0]]}, {100 * sparsity:g} % of weights removed", fontsize=9
         )
     axes[0].set_ylabel("MACs left, % of dense (theoretical)")
-    axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    _legend(axes[-1], "mean, range over seeds")
     return figure
 
 
@@ -435,7 +440,7 @@ def severity_curves(shifts: pd.DataFrame, sparsity: float, pruner: str) -> Figur
         axis.set(title=family, xlabel="severity (0: clean)")
         axis.set_xticks(sorted(set(part.severity)))
     axes[0].set_ylabel("accuracy, %")
-    axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    _legend(axes[-1], "mean, range over seeds")
     figure.suptitle(f"{PRUNERS[pruner]}, {100 * sparsity:g} % of weights removed", x=0.01, ha="left", fontsize=11)
     return figure
 
@@ -486,7 +491,7 @@ def calibration(shifts: pd.DataFrame) -> Figure:
             axis.plot(100 * mine.clean, 100 * mine.shifted, ls="", ms=6, label=name, **_look(name))
         axis.set(title=f"{100 * sparsity:g} % removed", xlabel="calibration error, clean, %")
     axes[0].set_ylabel("calibration error, shifted, %")
-    axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    _legend(axes[-1], "a point a seed")
     return figure
 
 

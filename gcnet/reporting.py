@@ -39,9 +39,19 @@ def _made_from(study: Study, extra: Mapping[str, Any] | None) -> dict[str, Any]:
     }
 
 
+def subject(study: Study, name: str) -> str:
+    """The line below a figure: network, images, seeds, study. Notebook 07 trains a network of its own."""
+    network, width = study.network, study.width
+    if name.startswith("fig07"):
+        network, width = study.cka_network, study.cka_width
+    seeds = f"{len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''}"
+    return f"{network} at {width:g} of its width, {study.dataset}, {seeds} (study {study.study})"
+
+
 def save_figure(figure: Figure, study: Study, name: str, alt: str = "") -> Path:
     """Write results/<study>/figures/<name>.svg, .png and .json (provenance; `alt` describes the picture in words)."""
     folder = paths.results(study.study) / "figures"
+    figure.text(0.01, -0.01, subject(study, name), ha="left", va="top", fontsize=7, color="#595959")
     for suffix in ("svg", "png"):
         metadata = {"Date": None} if suffix == "svg" else {"Software": None}
         with atomic_write(folder / f"{name}.{suffix}") as temporary:
