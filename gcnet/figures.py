@@ -11,6 +11,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
@@ -546,24 +547,41 @@ def ablations(table: pd.DataFrame) -> Figure:
     return figure
 
 
+VERDICTS = {"supported": ("#009E73", "o"), "contradicted": ("#D55E00", "X"), "inconclusive": ("#7F7F7F", "D")}
+
+
 def forest(claims: pd.DataFrame) -> Figure:
-    """Every comparison as an interval in points, coloured and marked by its verdict."""
-    look = {"supported": ("#009E73", "o"), "contradicted": ("#D55E00", "X"), "inconclusive": ("#7F7F7F", "D")}
-    figure, axis = plt.subplots(figsize=(7.5, 0.3 * len(claims) + 1.4))
-    limit = 100 * float(claims.estimate.abs().max()) * 1.4 + 1
-    seen: set[str] = set()
-    for height, row in enumerate(claims.iloc[::-1].itertuples()):
-        word = row.verdict.split(" ")[0]
-        color, marker = look[word]
-        low, high = np.clip([100 * row.ci_low, 100 * row.ci_high], -limit, limit)
-        axis.plot([low, high], [height, height], color=color, lw=2)
-        axis.plot(100 * row.estimate, height, marker, color=color, ms=7, label=None if word in seen else word)
-        seen.add(word)
-    axis.axvline(0, color="black", lw=0.8)
-    axis.set_xlim(-limit, limit)
-    texts = [f"{r.claim}: {r.measure.split(': ')[1]}  ({r.sparsity:.0%})" for r in claims.iloc[::-1].itertuples()]
-    axis.set_yticks(range(len(claims)), texts, fontsize=8)
-    axis.set_xlabel(f"difference in points, 95 % interval over {claims.n.max()} seeds (cut at the frame)")
-    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    axis.set_title("The claims, comparison by comparison")
+    """Every comparison as an interval, coloured and marked by its verdict: differences in points, correlations apart."""
+    apart = claims.measure.str.startswith("rank correlation")
+    seeds = f"95 % interval over {claims.n.max()} seeds"
+    parts = [
+        (claims[~apart], 100, f"difference in points, {seeds} (cut at the frame)"),
+        (claims[apart], 1, f"difference of rank correlations, {seeds}"),
+    ]
+    parts = [part for part in parts if len(part[0])]
+    heights = [len(rows) + 1 for rows, _, _ in parts]
+    size = (7.5, 0.27 * sum(heights) + 0.7 * len(parts) + 0.4)
+    figure, axes = plt.subplots(len(parts), 1, figsize=size, squeeze=False, height_ratios=heights)
+    for axis, (rows, scale, label) in zip(axes.flat, parts, strict=True):
+        limit = scale * float(rows.estimate.abs().max()) * 1.4 + scale / 100
+        for height, row in enumerate(rows.iloc[::-1].itertuples()):
+            color, marker = VERDICTS[row.verdict.split(" ")[0]]
+            low, high = np.clip([scale * row.ci_low, scale * row.ci_high], -limit, limit)
+            axis.plot([low, high], [height, height], color=color, lw=2)
+            axis.plot(scale * row.estimate, height, marker, color=color, ms=7)
+        axis.axvline(0, color="black", lw=0.8)
+        axis.set(xlim=(-limit, limit), ylim=(-0.7, len(rows) - 0.3), xlabel=label)
+        texts = [
+            f"{r.claim}: {r.measure.split(': ')[1]}" + (f"  ({r.sparsity:.0%})" if r.sparsity else "")
+            for r in rows.iloc[::-1].itertuples()
+        ]
+        axis.set_yticks(range(len(rows)), texts, fontsize=8)
+    found = set(claims.verdict.str.split(" ").str[0])
+    handles = [
+        Line2D([], [], color=color, marker=marker, lw=2, label=word)
+        for word, (color, marker) in VERDICTS.items()
+        if word in found
+    ]
+    axes[0, 0].legend(handles=handles, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    axes[0, 0].set_title("The claims, comparison by comparison \n(colour: verdict, corrected for their number)")
     return figure
