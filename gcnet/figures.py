@@ -551,7 +551,7 @@ VERDICTS = {"supported": ("#009E73", "o"), "contradicted": ("#D55E00", "X"), "in
 
 
 def forest(claims: pd.DataFrame) -> Figure:
-    """Every comparison as an interval, coloured and marked by its verdict: differences in points, correlations apart."""
+    """Every comparison as an interval, coloured and marked by its verdict; rank correlations in their own panel."""
     apart = claims.measure.str.startswith("rank correlation")
     seeds = f"95 % interval over {claims.n.max()} seeds"
     parts = [
@@ -583,5 +583,5 @@ def forest(claims: pd.DataFrame) -> Figure:
         if word in found
     ]
     axes[0, 0].legend(handles=handles, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    axes[0, 0].set_title("The claims, comparison by comparison \n(colour: verdict, corrected for their number)")
+    axes[0, 0].set_title("The claims, comparison by comparison\n(colour: verdict, corrected for their number)")
     return figure
