@@ -395,7 +395,8 @@ def flops_bars(rows: pd.DataFrame, network: str) -> Figure:
         for number, hybrid in enumerate(hybrids):
             by = part[part.hybrid == hybrid].groupby("similarity").share
             x = np.arange(len(names)) + 0.2 * (number - (len(hybrids) - 1) / 2)
-            error = [[by.mean()[s] - by.min()[s] for s in names], [by.max()[s] - by.mean()[s] for s in names]]
+            low, high = by.mean() - by.min(), by.max() - by.mean()  # rounding can leave them just below 0
+            error = [[max(0, low[s]) for s in names], [max(0, high[s]) for s in names]]
             axis.bar(x, [by.mean()[s] for s in names], 0.18, color=COLORS[hybrid], label=hybrid, yerr=error,
                      error_kw={"lw": 0.8})  # fmt: skip
         axis.axhline(part[part.hybrid == "direct"].share.mean(), color="black", ls="--", lw=1, label="direct")

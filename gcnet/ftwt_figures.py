@@ -96,7 +96,8 @@ def accuracy_against_macs(accuracies: pd.DataFrame, unstructured: pd.DataFrame) 
         if not len(part):
             continue
         x, y = 100 * (1 - by.macs_reduction.mean()), 100 * by.accuracy.mean()
-        spread = [y - 100 * by.accuracy.min(), 100 * by.accuracy.max() - y]
+        # Rounding can put the mean of equal values outside them.
+        spread = [(y - 100 * by.accuracy.min()).clip(lower=0), (100 * by.accuracy.max() - y).clip(lower=0)]
         line = {"ls": "-", "lw": 1} if mode != "joint" else {"ls": ""}
         axis.errorbar(x, y, yerr=spread, ms=6, elinewidth=1, **line, **look)
         if mode == "decoupled":
