@@ -102,7 +102,7 @@ def to_markdown(frame: pd.DataFrame) -> str:
     """A GitHub table; numbers to four digits."""
     flat = _flat(frame)
     rows = [[_text(value).replace("|", "\\|") for value in row] for row in flat.itertuples(index=False)]
-    head = [str(column) for column in flat.columns]
+    head = [str(column).replace("|", "\\|") for column in flat.columns]
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
     return "\n".join(lines) + "\n"
 

@@ -185,8 +185,9 @@ def column(browser: Any, table: str, place: int) -> list[str]:
 
 
 def test_the_report_opens_without_an_error_and_asks_nothing_of_the_network(browser: Any, page: Path) -> None:
+    browser.get("about:blank")
     for kind in ("browser", "performance"):
-        browser.get_log(kind)  # what came before
+        browser.get_log(kind)  # what came before, and what JupyterLab says when it is left
     browser.get(page.as_uri())
     browser.execute_script("window.scrollTo(0, document.body.scrollHeight)")
     time.sleep(1)

@@ -16,7 +16,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from gcnet import report
 from gcnet.__main__ import main
-from gcnet.reporting import in_words, save_figure, save_table
+from gcnet.reporting import in_words, save_figure, save_table, to_markdown
 from gcnet.study import Study
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -195,3 +195,9 @@ def test_a_table_in_words_names_every_number() -> None:
     index = pd.MultiIndex.from_tuples([("l1", 0.8), ("lamp", 0.95)], names=["pruner", "sparsity"])
     table = pd.DataFrame({"direct": ["**72.4 ± 0.4**", ""], "BH": ["65.8 ± 0.2", "1.0"]}, index=index)
     assert in_words(table) == "l1 0.8: direct 72.4 ± 0.4, BH 65.8 ± 0.2; lamp 0.95: BH 1.0"
+
+
+def test_a_bar_in_a_head_or_cell_breaks_no_table(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text(to_markdown(pd.DataFrame({"direct, |weight|": ["x|y"], "b": ["1"]})))
+    table = report._table(tmp_path / "a.md")
+    assert (table.head, table.rows) == (["direct, |weight|", "b"], [["x|y", "1"]])
