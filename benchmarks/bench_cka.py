@@ -75,8 +75,8 @@ def training_steps(device: torch.device, repeats: int) -> list[dict[str, Any]]:
     every_5th = plain + (at_8 - plain) / 5
     separate = plain + (apart - plain) / 5
     return [
-        _row(f"{name}: 8 samples, every 5th batch", every_5th, "step without", plain, every_5th / plain, "<= 1.05"),
-        _row(f"{name}: whole batch, every batch", at_all, "step without", plain, at_all / plain, "<= 1.3"),
+        _row(f"{name}: 8 samples, every 5th batch", every_5th, "step without", plain, every_5th / plain, "at most 1.05"),
+        _row(f"{name}: whole batch, every batch", at_all, "step without", plain, at_all / plain, "at most 1.3"),
         _row(f"{name}: 8 samples, every 5th batch", every_5th, "a forward pass of the samples in float32", separate,
              separate / every_5th, "for information"),
     ]  # fmt: skip
@@ -145,7 +145,7 @@ def against_pairs(device: torch.device, repeats: int) -> dict[str, Any]:
     if abs(values["ours"] - values["theirs"]) > 1e-3 * abs(values["theirs"]):
         raise AssertionError(f"the two do not compute the same: {values}")
     return _row(f"penalty of ResNet-20, {BATCH} samples", fast, "both Grams of each pair, float64", slow, slow / fast,
-                ">= 5")  # fmt: skip
+                "at least 5")  # fmt: skip
 
 
 def kept_bytes(model: nn.Module, images: Tensor, labels: Tensor, penalty: CKASparsityRegularizer | None) -> int:
@@ -171,7 +171,7 @@ def memory(device: torch.device) -> dict[str, Any]:
     extra = kept_bytes(model, images, labels, penalty) - plain
     grams = 4 * len(penalty.names) * BATCH**2
     return _row(f"MiB kept for the gradient, {BATCH} samples", extra / 2**20, "one Gram matrix a block", grams / 2**20,
-                extra / grams, "<= 6")  # fmt: skip
+                extra / grams, "at most 6")  # fmt: skip
 
 
 def _row(case: str, ours: float, peer: str, peer_s: float, ratio: float, target: str) -> dict[str, Any]:

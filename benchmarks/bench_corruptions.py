@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = ROOT / ".bench-env" / "imagecorruptions"
 PEER = "imagecorruptions 1.1.2"
 COLUMNS = ("case", "ours_s", "peer", "peer_s", "ratio", "target")
-TARGET = 20.0
+TARGET = "at least 20"
 # setuptools 81 drops pkg_resources, which the package imports; numpy 2 drops np.float_, which its fog uses.
 REQUIREMENTS = (
     "numpy==1.26.4",
@@ -76,7 +76,7 @@ def run(quick: bool = False) -> list[dict]:
         ours = {name: _time_ours(images, name) for name in CORRUPTIONS}
     finally:
         torch.set_num_threads(threads)
-    rows = [_row(name, ours[name], peer[name], None) for name in CORRUPTIONS]
+    rows = [_row(name, ours[name], peer[name], "") for name in CORRUPTIONS]
     both = [name for name in CORRUPTIONS if isinstance(peer[name], float)]
     if not both:
         raise RuntimeError(f"{PEER} runs none of the corruptions; first error: {next(iter(peer.values()))}")
@@ -85,7 +85,7 @@ def run(quick: bool = False) -> list[dict]:
     return rows
 
 
-def _row(case: str, ours: float, peer: float | str, target: float | None) -> dict:
+def _row(case: str, ours: float, peer: float | str, target: str) -> dict:
     known = isinstance(peer, float)
     return {
         "case": case,

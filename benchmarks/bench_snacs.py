@@ -55,7 +55,7 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
     case = f"all pairs of VGG16-BN{' (first 4 layers)' if quick else ''}, 64 x 64 groups, N = {samples}"
     rows = [
         _row(f"{case}, {threads} threads", spent, "", None, None, "at most 120 s"),
-        _row(f"{case}, peak MiB", peak, "", None, None, "at most 4096"),
+        _row(f"{case}, peak MiB", peak, "", None, None, "at most 4096 MiB"),
     ]
     filters = 64 if quick else 512
     for groups in (16,) if quick else (16, 32, 64, 128, 256):

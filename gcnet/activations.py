@@ -156,23 +156,56 @@ class Moments:
 
     pairs: (a, b) accumulates the co-moments of tap a (rows) with tap b (columns). Each batch is centred on its own
     mean and merged by the parallel update (Chan, Golub, LeVeque 1983), so large means cost no digits. The products
-    inside one batch, already centred, are taken in the precision of the values.
+    inside one batch, already centred, are taken in the precision of the values. Small batches wait for each other: a
+    merge costs the same for few rows as for many.
     """
+
+    _MERGED = 1000  # rows
 
     def __init__(self, pairs: Iterable[tuple[Tap, Tap]]) -> None:
         self.pairs = tuple(dict.fromkeys(pairs))
         self.taps = tuple(dict.fromkeys(tap for pair in self.pairs for tap in pair))
         self.count = 0
-        self.mean: dict[Tap, Tensor] = {}
-        self.square: dict[Tap, Tensor] = {}  # sum of squared deviations
-        self.cross: dict[tuple[Tap, Tap], Tensor] = {}
+        self._waiting: list[dict[Tap, Tensor]] = []
+        self._mean: dict[Tap, Tensor] = {}
+        self._square: dict[Tap, Tensor] = {}
+        self._cross: dict[tuple[Tap, Tap], Tensor] = {}
+
+    @property
+    def mean(self) -> dict[Tap, Tensor]:
+        """{tap: (C,) float64}"""
+        self._merge()
+        return self._mean
+
+    @property
+    def square(self) -> dict[Tap, Tensor]:
+        """{tap: (C,) float64 sums of squared deviations}"""
+        self._merge()
+        return self._square
+
+    @property
+    def cross(self) -> dict[tuple[Tap, Tap], Tensor]:
+        """{(a, b): (C of a, C of b) float64 sums of products of deviations}"""
+        self._merge()
+        return self._cross
 
     def update(self, values: dict[Tap, Tensor]) -> None:
+        """Take in one batch: {tap: (N, C)}."""
         rows = len(values[self.taps[0]])
-        if rows == 0:
+        if rows:
+            self._waiting.append({tap: values[tap] for tap in self.taps})
+            self.count += rows
+        if sum(len(v[self.taps[0]]) for v in self._waiting) >= self._MERGED:
+            self._merge()
+
+    def _merge(self) -> None:
+        if not self._waiting:
             return
-        total = self.count + rows
-        weight = self.count * rows / total
+        values = {tap: torch.cat([v[tap] for v in self._waiting]) for tap in self.taps}
+        self._waiting.clear()
+        rows, total = len(values[self.taps[0]]), self.count
+        before = total - rows
+        weight = before * rows / total
         centred, shift = {}, {}
         for tap in self.taps:
             x = values[tap].double()
@@ -180,20 +213,19 @@ class Moments:
             deviation = x - mean
             centred[tap] = deviation.to(values[tap].dtype)
             square = deviation.square().sum(0)
-            if self.count:
-                shift[tap] = mean - self.mean[tap]
-                self.mean[tap] += shift[tap] * (rows / total)
-                self.square[tap] += square + shift[tap].square() * weight
+            if before:
+                shift[tap] = mean - self._mean[tap]
+                self._mean[tap] += shift[tap] * (rows / total)
+                self._square[tap] += square + shift[tap].square() * weight
             else:
-                self.mean[tap], self.square[tap] = mean, square
+                self._mean[tap], self._square[tap] = mean, square
         with torch.autocast(x.device.type, enabled=False):  # or float32 products become bfloat16 ones
             for a, b in self.pairs:
                 product = centred[a].T @ centred[b]
-                if self.count:
-                    self.cross[a, b].add_(product).addr_(shift[a], shift[b], alpha=weight)
+                if before:
+                    self._cross[a, b].add_(product).addr_(shift[a], shift[b], alpha=weight)
                 else:
-                    self.cross[a, b] = product.double()
-        self.count = total
+                    self._cross[a, b] = product.double()
 
 
 class Reservoir:

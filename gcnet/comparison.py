@@ -45,7 +45,7 @@ def comparison_table(study: Study) -> pd.DataFrame:
     (for sparse training: all of the training) as measured where it was computed. Only what the study runs is in it;
     CKA-SR trains networks of its own, named in `network`, and compares with others only where that is the same.
     """
-    network = f"{study.network} x {study.width:g}"
+    network, whole = f"{study.network} x {study.width:g}", _dense_macs(study)
     rows: list[dict[str, Any]] = []
 
     def add(facts: dict[str, Any], shifts: list[dict[str, Any]], *, macs: dict[str, float] | float) -> None:
@@ -65,19 +65,20 @@ def comparison_table(study: Study) -> pd.DataFrame:
             facts = {"system": "direct" if cell.hybrid == "direct" else "GC-Net", "method": name, "network": network,
                      "sparsity": cell.sparsity, "seed": cell.seed,
                      "seconds": _seconds(cells.cell_folder(study, cell, ["cell.json"]))}  # fmt: skip
-            add(facts, cells.shift_rows(study, cell), macs=result["macs"] / _dense_macs(study))
+            add(facts, cells.shift_rows(study, cell), macs=result["macs"] / whole)
     if study.runs("06"):
         for cell in (c for c in snacs_cells.snacs_cells(study) if c.method != "none"):
             result = snacs_cells.cell_result(study, cell)
             facts = {"system": "SNACS" if cell.method == "snacs" else "peer of SNACS", "network": network,
                      "method": f"{SNACS_NAMES[cell.method]} (δ {cell.delta:g})", "sparsity": result["sparsity"],
                      "seed": cell.seed, "seconds": _seconds(snacs_cells.cell_folder(study, cell))}  # fmt: skip
-            add(facts, snacs_cells.shift_rows(study, cell), macs=result["macs"] / _dense_macs(study))
+            add(facts, snacs_cells.shift_rows(study, cell), macs=result["macs"] / whole)
     if study.runs("07"):
         mine = cka_cells.own(study)
+        whole_of_mine = _dense_macs(mine)
         for run in (r for r in cka_cells.runs(study) if r.method in study.cka_shift_methods):
             net, masks = cka_cells.run_network(study, run)
-            left = cost.macs(net[1], cells.example_input(study), masks) / _dense_macs(mine)
+            left = cost.macs(net[1], cells.example_input(study), masks) / whole_of_mine
             facts = {"system": "CKA-SR" if run.beta else "sparse training", "seed": run.seed, "sparsity": run.sparsity,
                      "method": f"{run.method.upper()}{' + CKA-SR' if run.beta else ''}",
                      "network": f"{mine.network} x {mine.width:g}",

@@ -54,7 +54,25 @@ def times() -> str:
     return to_markdown(pd.DataFrame(rows)) if rows else "No study has a table of times yet.\n"
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"verdicts": verdicts, "times": times}
+def speed() -> str:
+    """One row a benchmark that has a target: what was measured and whether it reaches the target."""
+    rows = []
+    for file in sorted(paths.results("benchmarks").glob("*.csv")):
+        table = pd.read_csv(file, keep_default_na=False)
+        for row in table[table.target.astype(bool)].itertuples() if "target" in table else ():
+            bound = re.match(r"(at most|at least) ([\d.]+) ?(s|MiB)?\b", row.target)
+            if not bound:
+                raise ValueError(f"{file.name}: target '{row.target}' is not 'at most' or 'at least' a number")
+            side, limit, unit = bound.groups()
+            value = float(row.ours_s if unit else row.ratio)
+            reached = value <= float(limit) if side == "at most" else value >= float(limit)
+            measured = f"{value:.3g} {unit}" if unit else f"{value:.3g}"
+            rows.append({"benchmark": file.stem, "case": row.case, "against": row.peer, "measured": measured,
+                         "target": row.target, "reached": "yes" if reached else "**no**"})  # fmt: skip
+    return to_markdown(pd.DataFrame(rows)) if rows else "No benchmark has been run yet.\n"
+
+
+BLOCKS: dict[str, Callable[[], str]] = {"verdicts": verdicts, "times": times, "speed": speed}
 
 
 def write() -> Path:

@@ -64,7 +64,7 @@ class Study(BaseModel):
     residual: Literal["all", "nearest"] = "all"
     connectivity_images: int = Field(0, ge=0, description="training images that connectivity is measured on; 0: all")
     ghost_batchnorm: Literal["identity", "original"] = "identity"
-    finetune_epochs: int = Field(3, ge=0)
+    finetune_epochs: int = Field(2, ge=0)
     finetune_lr: float = Field(0.02, gt=0)
     flops_pruner: str = Field("os_synflow", description="the base pruner of Figure 4")
     flops_similarities: tuple[str, ...] = Field(
@@ -123,7 +123,7 @@ class Study(BaseModel):
     shifts: tuple[str, ...] = Field(("all",), description="corruption names, or 'all'")
     severities: tuple[int, ...] = (1, 2, 3, 4, 5)
     severity_table: Literal["cifar-c", "imagenet-c"] = "cifar-c"
-    shift_images: int = Field(200, ge=0, description="test images that are corrupted, class-balanced; 0: all")
+    shift_images: int = Field(100, ge=0, description="test images that are corrupted, class-balanced; 0: all")
 
     # SNACS
     snacs_groups: int = Field(0, ge=0, description="groups a layer; 0: the largest divisor of its filters up to 64")
@@ -156,7 +156,7 @@ class Study(BaseModel):
     structured_similarity: str = "pearson"
     structured_ranking: Literal["layer", "global"] = "layer"
     structured_round_to: int = Field(8, ge=1, description="filters are kept in multiples of this")
-    structured_finetune_epochs: int = Field(3, ge=0)
+    structured_finetune_epochs: int = Field(2, ge=0)
     structured_finetune_lr: float = Field(0.02, gt=0)
     structured_latency_batches: tuple[int, ...] = (1, 64)
     structured_latency_variants: tuple[str, ...] = ("float32", "channels_last", "bfloat16")

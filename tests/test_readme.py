@@ -40,6 +40,25 @@ def test_a_block_is_replaced_and_the_rest_is_not(tmp_path: Path, monkeypatch: py
         readme.fill("<!-- tmes -->\n<!-- /tmes -->")
 
 
+def test_a_benchmark_reaches_its_target_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GCNET_RESULTS", raising=False)
+    folder = paths.results("benchmarks")
+    folder.mkdir(parents=True)
+    assert "No benchmark" in readme.speed()
+    cases = {"slow": (9.0, 1.2, "at most 1.15"), "quick": (9.0, 3.0, "at least 2.5"), "all": (361.0, "", "at most 360 s"),
+             "lean": (100.0, "", "at most 4096 MiB"), "untold": (1.0, 1.0, "")}  # fmt: skip
+    rows = [{"case": name, "ours_s": s, "peer": "p", "ratio": r, "target": t} for name, (s, r, t) in cases.items()]
+    pd.DataFrame(rows).to_csv(folder / "x.csv", index=False)
+    lines = readme.speed().splitlines()[2:]
+    assert [line.split("|")[2].strip() for line in lines] == ["slow", "quick", "all", "lean"]
+    assert ["**no**" in line for line in lines] == [True, False, True, False]
+    assert "| 361 s |" in lines[2] and "| 100 MiB |" in lines[3]
+    pd.DataFrame([{**rows[0], "target": "fast"}]).to_csv(folder / "x.csv", index=False)
+    with pytest.raises(ValueError, match="target 'fast'"):
+        readme.speed()
+
+
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([^)#\s]+)\)", TEXT):
         assert target.startswith("https://") or (ROOT / target).exists(), target
