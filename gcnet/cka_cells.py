@@ -471,6 +471,7 @@ def cost_table(study: Study) -> pd.DataFrame:
 
 # --- claims ---------------------------------------------------------------------------------------------------------
 
+
 def paired(rows: pd.DataFrame, beta: float, value: str) -> pd.Series:
     """With `beta` less without, per seed; rows are averaged over everything else first."""
     by = rows.groupby(["beta", "seed"])[value].mean().unstack("beta")
