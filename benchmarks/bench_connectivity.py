@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import statistics
 import subprocess
 import sys
 import time
@@ -27,8 +26,8 @@ def images(count: int, batch: int = 250) -> Iterator[tuple[Tensor, Tensor]]:
         yield torch.randn(min(batch, count - start), 3, 32, 32, generator=generator), torch.zeros(batch).long()
 
 
-def seconds(*runs: Callable[[], Any], repeats: int = 5) -> list[float]:
-    """The median time of each, the runs taken in turn so that a slow spell of the machine hits them all."""
+def seconds(*runs: Callable[[], Any], repeats: int = 7) -> list[float]:
+    """The shortest time of each, the runs taken in turn: whatever else the machine does only ever adds to a time."""
     spent: list[list[float]] = [[] for _ in runs]
     for repeat in range(repeats + 1):
         for number, run in enumerate(runs):
@@ -38,7 +37,7 @@ def seconds(*runs: Callable[[], Any], repeats: int = 5) -> list[float]:
                 torch.cuda.synchronize()
             if repeat:
                 spent[number].append(time.perf_counter() - started)
-    return [statistics.median(s) for s in spent]
+    return [min(s) for s in spent]
 
 
 def against_forward(name: str, precision: str, count: int) -> dict[str, Any]:
