@@ -89,7 +89,7 @@ existing:
 
 # --- the chain: a stage is done when its marker is newer than all it was made from ----------------------------------
 
-reproduce: $(REPORT)  ## run a study: every notebook that is not done yet, in order, and its report
+reproduce: $(REPORT)  ## run a study: every notebook that is not done yet, and its report
 	@echo "study $(STUDY): done, see $(REPORT)"
 
 $(REPORT): $(NOTEBOOKS:%=$(DONE)/%.json)
@@ -104,10 +104,28 @@ $(DONE)/sweep.json: params/$(STUDY).yaml $(CODE) | $(ENV)
 $(DONE)/%.json: notebooks/%.ipynb params/$(STUDY).yaml $(wildcard params/claims.yaml) $(CODE) | $(ENV)
 	@$(PY) -m gcnet run $< --study $(STUDY)
 
-# Every notebook after the one before it; the quick start needs nothing of a study.
-before := sweep
-$(foreach name,$(filter-out 00_%,$(NOTEBOOKS)),\
-	$(eval $(DONE)/$(name).json: $(DONE)/$(before).json)$(eval before := $(name)))
+# A notebook needs nothing but the sweep, the quick start not even that. Those that measure times (07, then 10) run when
+# nothing else does; 09 reads what the others conclude.
+done_of = $(patsubst %,$(DONE)/%.json,$(filter $(1),$(NOTEBOOKS)))
+FREE := $(call done_of,$(filter-out 07_% 09_% 10_%,$(NOTEBOOKS)))
+$(call done_of,$(filter-out 00_%,$(NOTEBOOKS))): $(DONE)/sweep.json
+TIMED := $(call done_of,07_%)
+ifneq ($(TIMED),)
+$(TIMED): | $(FREE)
+endif
+ifneq ($(call done_of,10_%),)
+$(call done_of,10_%): | $(FREE) $(TIMED)
+endif
+ifneq ($(call done_of,09_%),)
+$(call done_of,09_%): $(call done_of,$(filter-out 00_% 09_%,$(NOTEBOOKS)))
+endif
+
+# Two notebooks at a time, where the command line does not say -jN: drawing keeps one core busy.
+ifneq ($(filter reproduce paper,$(MAKECMDGOALS)),)
+ifeq ($(MAKELEVEL),0)
+MAKEFLAGS += -j2
+endif
+endif
 
 PAPER := cifar10_vgg16_bn cifar10_resnet18 fashion_mnist_vgg16_bn fashion_mnist_resnet18 tiny_imagenet_vgg16_bn \
 	tiny_imagenet_resnet18

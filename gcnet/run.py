@@ -64,17 +64,15 @@ def parse_override(key: str, text: str) -> tuple[str, Any]:
 
 
 def stages(study: str) -> dict[str, list[str]]:
-    """{stage: the stages that come before it}: the chain that the Makefile runs, kept in step by a test."""
+    """{stage: the stages whose results it needs}: what the Makefile goes by, kept in step by a test."""
     asked = load_study(study)
     names = sorted(p.stem for p in (paths.project() / "notebooks").glob("[0-9][0-9]_*.ipynb") if asked.runs(p.stem))
+    last = [name for name in names if name.startswith("09_")]
     before: dict[str, list[str]] = {"sweep": []}
-    previous = "sweep"
-    for name in names:
-        if _is_quick_start(name):
-            before[name] = []
-            continue
-        before[name] = [previous]
-        previous = name
+    for name in [*(n for n in names if n not in last), *last]:
+        before[name] = [] if _is_quick_start(name) else ["sweep"]
+        if name in last:
+            before[name] += [n for n in names if n not in last and not _is_quick_start(n)]
     return before
 
 

@@ -121,7 +121,7 @@ class Study(BaseModel):
 
     # shift evaluation
     shifts: tuple[str, ...] = Field(("all",), description="corruption names, or 'all'")
-    severities: tuple[int, ...] = (1, 2, 3, 4, 5)
+    severities: tuple[int, ...] = (1, 3, 5)
     severity_table: Literal["cifar-c", "imagenet-c"] = "cifar-c"
     shift_images: int = Field(100, ge=0, description="test images that are corrupted, class-balanced; 0: all")
 

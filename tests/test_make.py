@@ -39,6 +39,10 @@ does = notebook.read_text() if notebook else Path("sweep_does").read_text()
 if does == "fail":
     sys.exit(1)
 Path("half").write_text(stage)
+if does == "slow":
+    time.sleep(0.5)
+    with open("spans", "a") as spans:
+        spans.write(f"{stage} {started} {time.time()}" + chr(10))
 if does == "hang":
     time.sleep(60)
 if does == "edit":
@@ -51,7 +55,8 @@ temporary.write_text('{"seconds": 1, "git_sha": "0123456789", "git_dirty": false
 os.utime(temporary, (started, started))
 temporary.rename(marker)
 """
-CHAIN = ["01_activations", "02_connectivity", "03_ghost_pruning"]
+FREE = ["01_activations", "02_connectivity"]  # these need the sweep, and nothing of each other
+CHAIN = [*FREE, "07_cka_sr", "10_own_network", "09_comparison"]  # 07 and 10 run when nothing else does, 09 after all
 ALL = ["00_quickstart", "sweep", *CHAIN]
 
 
@@ -97,11 +102,22 @@ def touch(*paths: Path) -> None:
         os.utime(path)
 
 
-def test_the_chain_runs_in_order_and_a_second_time_not_at_all(project: Path) -> None:
-    assert make("reproduce").returncode == 0
+def in_order(stages: list[str]) -> list[str]:
+    """The stages without the quick start, those that need nothing of each other by their numbers."""
+    stages = [s for s in stages if s != "00_quickstart"]
+    places = [number for number, stage in enumerate(stages) if stage in FREE]
+    for place, stage in zip(places, sorted(stages[number] for number in places), strict=True):
+        stages[place] = stage
+    return stages
+
+
+@pytest.mark.parametrize("flags", [[], ["-j1"], ["-j4"]])
+def test_the_chain_runs_in_order_and_a_second_time_not_at_all(project: Path, flags: list[str]) -> None:
+    done = make("reproduce", *flags)
+    assert (done.returncode, done.stderr) == (0, "")
     stages = ran(project)
     assert sorted(stages) == sorted(ALL)
-    assert [s for s in stages if s != "00_quickstart"] == ["sweep", *CHAIN]
+    assert in_order(stages) == ["sweep", *CHAIN]
 
     started = time.perf_counter()
     again = make("reproduce")
@@ -134,16 +150,26 @@ def test_a_study_runs_only_the_notebooks_that_it_names(project: Path) -> None:
     assert ran(project) == ["sweep", CHAIN[0], CHAIN[-1]]
 
 
-def test_stages_that_may_run_side_by_side_keep_their_order(project: Path) -> None:
-    assert make("reproduce", "-j4").returncode == 0
-    assert [s for s in ran(project) if s != "00_quickstart"] == ["sweep", *CHAIN]
-    assert (make("reproduce", "-j4").returncode, ran(project)) == (0, [])
+def test_two_notebooks_run_at_once_and_those_that_measure_times_alone(project: Path) -> None:
+    for name in CHAIN[:-1]:
+        (project / "notebooks" / f"{name}.ipynb").write_text("slow")
+    assert make("reproduce").returncode == 0
+    spans = {}
+    for line in (project / "spans").read_text().splitlines():
+        stage, start, end = line.split()
+        spans[stage] = float(start), float(end)
+    first, second = (spans[name] for name in FREE)
+    assert first[0] < second[1] and second[0] < first[1]
+    for name in ("07_cka_sr", "10_own_network"):
+        alone = spans[name]
+        assert all(end <= alone[0] or start >= alone[1] for other, (start, end) in spans.items() if other != name)
 
 
 @pytest.mark.parametrize(
     ("edited", "again"),
     [
-        ("notebooks/02_connectivity.ipynb", CHAIN[1:]),
+        ("notebooks/02_connectivity.ipynb", ["02_connectivity", "09_comparison"]),
+        ("notebooks/10_own_network.ipynb", ["10_own_network", "09_comparison"]),
         ("notebooks/00_quickstart.ipynb", ["00_quickstart"]),
         ("params/digits.yaml", ALL),
         ("params/claims.yaml", ["00_quickstart", *CHAIN]),
@@ -169,7 +195,7 @@ def test_a_stage_edited_while_it_runs_runs_again(project: Path) -> None:
     assert notebook.stat().st_mtime > (project / "runs/done/digits/01_activations.json").stat().st_mtime
     ran(project)
     assert make("reproduce").returncode == 0
-    assert ran(project) == CHAIN
+    assert ran(project) == ["01_activations", "09_comparison"]
     assert make("reproduce").returncode == 0
     assert ran(project) == []
 
@@ -186,14 +212,14 @@ def test_studies_are_independent(project: Path) -> None:
 def test_a_failing_stage_stops_the_chain_and_is_not_done(project: Path, failing: str) -> None:
     culprit = project / "sweep_does" if failing == "sweep" else project / "notebooks" / f"{failing}.ipynb"
     culprit.write_text("fail")
-    assert make("reproduce").returncode == 2
+    assert make("reproduce", "-j1").returncode == 2
     order = ["sweep", *CHAIN]
     before = order[: order.index(failing)]
     assert [s for s in ran(project) if s != "00_quickstart"] == [*before, failing]
     assert marked(project) - {"00_quickstart"} == set(before)
 
     culprit.write_text("ok")
-    assert make("reproduce").returncode == 0
+    assert make("reproduce", "-j1").returncode == 0
     assert [s for s in ran(project) if s != "00_quickstart"] == order[order.index(failing) :]
 
 
@@ -201,7 +227,7 @@ def test_a_failing_stage_stops_the_chain_and_is_not_done(project: Path, failing:
 def test_an_interrupted_run_continues_where_it_stopped(project: Path, how: signal.Signals) -> None:
     notebook = project / "notebooks" / "02_connectivity.ipynb"
     notebook.write_text("hang")
-    command = ["make", "reproduce", f"PYTHON={sys.executable}"]
+    command = ["make", "-j1", "reproduce", f"PYTHON={sys.executable}"]
     # a group of its own, as a terminal has: Ctrl-C reaches make and what it runs
     # where the tests run in the background SIGINT is ignored, and children inherit that
     running = subprocess.Popen(

@@ -264,7 +264,8 @@ def test_status_says_what_is_stale_and_why(project: Path) -> None:
     (project / "gcnet").mkdir()
     code = project / "gcnet" / "ghost.py"
     code.write_text("")
-    for name in ("00_quick", "01_first", "02_second", "03_third"):
+    (project / "params" / "tiny.yaml").write_text(STUDY.replace('"05"', '"09"'))
+    for name in ("00_quick", "01_first", "02_second", "09_third"):
         write_notebook(project, name)
     assert {state for _, state, _ in run.status("tiny")} == {"missing"}
 
@@ -273,19 +274,19 @@ def test_status_says_what_is_stale_and_why(project: Path) -> None:
     for file in [*(project / "notebooks").iterdir(), project / "params" / "tiny.yaml"]:
         os.utime(file, (past, past))
     study = Study.load("tiny")
-    for place, stage in enumerate(["sweep", "00_quick", "01_first", "02_second", "03_third"]):
+    for place, stage in enumerate(["sweep", "00_quick", "01_first", "02_second", "09_third"]):
         run.mark_done(study, stage, past + 10 + place)
     assert {state for _, state, _ in run.status("tiny")} == {"done"}
 
     os.utime(project / "notebooks" / "02_second.ipynb")
     rows = {stage: (state, why) for stage, state, why in run.status("tiny")}
     assert rows["02_second"] == ("stale", "newer: notebooks/02_second.ipynb")
-    assert rows["03_third"] == ("stale", "after 02_second, which will run again")
+    assert rows["09_third"] == ("stale", "after 02_second, which will run again")
     assert [rows[stage][0] for stage in ("sweep", "00_quick", "01_first")] == ["done"] * 3
 
     run.mark_done(study, "02_second", time.time())
     rows = {stage: (state, why) for stage, state, why in run.status("tiny")}
-    assert rows["03_third"] == ("stale", "newer: runs/done/tiny/02_second.json")
+    assert rows["09_third"] == ("stale", "newer: runs/done/tiny/02_second.json")
 
     os.utime(code)
     assert [state for _, state, _ in run.status("tiny")] == ["stale"] * 5
