@@ -365,8 +365,13 @@ def accuracy_points(rows: pd.DataFrame, value: str, label: str, dense: float | N
         axis.set_xticks(range(len(sparsities)), [f"{100 * s:g} %" for s in sparsities])
         axis.set(title=PRUNERS[pruner], xlabel="sparsity")
     axes[0].set_ylabel(f"{label}, %")
-    _legend(axes[-1], "mean, 95 % interval\nover seeds")
+    _legend(axes[-1], _what(rows, "mean, 95 % interval\nover seeds"))
     return figure
+
+
+def _what(rows: pd.DataFrame, many: str) -> str:
+    """What markers and bars are, for the head of a legend."""
+    return many if rows.seed.nunique() > 1 else "one seed"
 
 
 def _legend(axis: Axes, note: str) -> None:
@@ -405,7 +410,7 @@ def flops_bars(rows: pd.DataFrame, network: str) -> Figure:
             f"{network}, {PRUNERS[part.pruner.iloc[0]]}, {100 * sparsity:g} % of weights removed", fontsize=9
         )
     axes[0].set_ylabel("MACs left, % of dense (theoretical)")
-    _legend(axes[-1], "mean, range over seeds")
+    _legend(axes[-1], _what(rows, "mean, range over seeds"))
     return figure
 
 
@@ -442,7 +447,7 @@ def severity_curves(shifts: pd.DataFrame, sparsity: float, pruner: str) -> Figur
         axis.set(title=family, xlabel="severity (0: clean)")
         axis.set_xticks(sorted(set(part.severity)))
     axes[0].set_ylabel("accuracy, %")
-    _legend(axes[-1], "mean, range over seeds")
+    _legend(axes[-1], _what(rows, "mean, range over seeds"))
     figure.suptitle(f"{PRUNERS[pruner]}, {100 * sparsity:g} % of weights removed", x=0.01, ha="left", fontsize=11)
     return figure
 
