@@ -286,7 +286,7 @@ def test_the_step_of_the_penalty_goes_on_in_a_resumed_run(tmp_path: Path) -> Non
 
         class Look:
             def __call__(self, *step: object) -> Tensor:
-                seen.append(float(value := penalty()))
+                seen.append(float((value := penalty()).detach()))
                 return value
 
             state_dict, load_state_dict = penalty.state_dict, penalty.load_state_dict
