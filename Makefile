@@ -21,7 +21,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.ma
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help env existing reproduce sweep paper grid report readme verify pack unpack status test test-slow test-browser lint bench lab clean clean-cache lock
+.PHONY: help env existing reproduce sweep paper grid report readme verify pack unpack status test test-slow browser test-browser lint bench lab clean clean-cache lock
 
 RUNS := $(if $(GCNET_RUNS),$(GCNET_RUNS),runs)
 DONE := $(RUNS)/done/$(STUDY)
@@ -169,12 +169,14 @@ test: | $(ENV)  ## run the tests, but the slow ones
 test-slow: | $(ENV)  ## run the slow tests
 	@$(IMPORTABLE) $(PY) -m pytest -q -m slow
 
-test-browser: | $(ENV)  ## drive JupyterLab and the report in headless Chromium (installed from Debian's packages)
+browser:
 	@command -v chromium > /dev/null && command -v chromedriver > /dev/null || { \
 		echo "installing chromium and its driver from Debian's packages"; \
 		as=; [ "$$(id -u)" = 0 ] || as=sudo; \
 		$$as apt-get update -qq && $$as apt-get install -y -qq chromium chromium-driver > /dev/null; } \
 		|| { echo "chromium and chromium-driver could not be installed: install them by hand, then again" >&2; exit 1; }
+
+test-browser: browser | $(ENV)  ## drive JupyterLab and the report in headless Chromium (installed from Debian's packages)
 	@$(IMPORTABLE) $(PY) -m pytest -q -m browser
 
 lint: | $(ENV)  ## check the style of code and notebooks
