@@ -38,6 +38,9 @@ RECENT := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 FIND_PYTHON := for python in python3 python3.13 python3.12 python3.11; do \
 	$$python $(RECENT) 2> /dev/null && echo $$python && break; done
 NEEDED := torch torchvision numpy pandas sklearn pydantic yaml safetensors PIL matplotlib seaborn papermill ipykernel
+ifneq ($(and $(filter reproduce sweep verify,$(MAKECMDGOALS)),$(filter 10_%,$(NOTEBOOKS))),)
+NEEDED += torch_pruning
+endif
 LACKING := -c 'import sys, importlib.util as u; lack = [n for n in sys.argv[1:] if not u.find_spec(n)]; \
 	sys.exit(bool(lack) and "python lacks: " + ", ".join(lack))' $(NEEDED)
 IMPORTABLE := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"

@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import BrokenExecutor
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -144,16 +143,8 @@ def _sweep(options: argparse.Namespace) -> int:
     done = run.marker(study.study, "sweep")
     done.unlink(missing_ok=True)
     kinds = {"address": options.address, "options": dict(map(_option, options.options))}
-    try:
-        with open_executor(options.executor, jobs, **kinds) as executor:
-            failures = sweep(study, executor)
-    except BrokenExecutor:
-        print(
-            "failed: a worker process died; the system kills one that runs out of memory. What is finished is kept: "
-            f"run again, with fewer workers (now {jobs}) if it repeats: JOBS=1, or --jobs 1",
-            file=sys.stderr,
-        )
-        return 1
+    with open_executor(options.executor, jobs, **kinds) as executor:
+        failures = sweep(study, executor)
     if failures:
         _print_failures(failures)
         return 1
@@ -181,6 +172,12 @@ def _print_failures(failures: Sequence[dict[str, Any]]) -> None:
         by_error.setdefault(failure["error"], []).append(f"{failure['stage']}: {failure['task']}")
     for error, tasks in by_error.items():
         print(f"failed: {error}\n  " + "\n  ".join(tasks), file=sys.stderr)
+    if any(error.startswith("BrokenProcessPool") for error in by_error):
+        print(
+            "a worker process died; the system kills one that runs out of memory. What is finished is kept: run again, "
+            "with fewer workers if it repeats: JOBS=1, or --jobs 1",
+            file=sys.stderr,
+        )
 
 
 def _status(options: argparse.Namespace) -> int:

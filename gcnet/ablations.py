@@ -1,4 +1,4 @@
-"""How much each choice of the reconstruction matters: every one flipped alone, everything else as it is."""
+"""How much each choice of the reconstruction matters: every one flipped alone from the defaults."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from gcnet.cells import Cell, cell_result, shift_rows
 from gcnet.evaluation import bootstrap, holm, p_value
 from gcnet.study import Study
 
-# choice -> {setting: (parameters that differ from the study's, similarity)}; the default is the study's own values.
+# choice -> {setting: (parameters that differ from the default, similarity)}. The default is the package's, whatever the
+# study sets.
 CHOICES: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
     "tap": {"after BatchNorm and activation": ({"tap": "relu"}, "pearson")},
     "sign": {"absolute": ({"absolute": True}, "pearson")},

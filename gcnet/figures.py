@@ -23,6 +23,7 @@ from gcnet.shifts import FAMILIES
 COLORS = {"none": "#000000", "direct": "#595959", "Full": "#D55E00", "FH": "#E69F00", "BH": "#56B4E9", "B25": "#0072B2"}
 MARKERS = {"none": "*", "direct": "s", "Full": "v", "FH": "<", "BH": ">", "B25": "o"}
 DIRECT_COLOR, GUIDED_COLOR = "#E8C547", "#3B6FB6"
+ROLE_COLORS = {"direct": DIRECT_COLOR, "guided": GUIDED_COLOR, "mixed": "#009E73"}
 PRUNERS = {
     "none": "dense",
     "random": "random",
@@ -88,7 +89,8 @@ def with_methods(rows: pd.DataFrame) -> pd.DataFrame:
 def _look(name: str) -> dict[str, Any]:
     base = "none" if name == "dense" else name.split(" ")[0]
     hollow = {"markerfacecolor": "white"} if " " in name else {}
-    return {"color": COLORS.get(base, "#009E73"), "marker": MARKERS.get(base, "D"), **hollow}
+    other = ("P" if base == "Mix100" else "X") if base.startswith("Mix") else "D"
+    return {"color": COLORS.get(base, "#009E73"), "marker": MARKERS.get(base, other), **hollow}
 
 
 def panels(count: int, columns: int, cell: tuple[float, float], **options: Any) -> tuple[Figure, list[Axes]]:
@@ -328,7 +330,7 @@ def hybrid_maps(plans: Mapping[str, Mapping[str, str]], kept: Mapping[str, Mappi
     figure, axis = plt.subplots(figsize=(max(6, 0.5 * len(layers) + 1.5), 0.62 * len(plans) + 1.2))
     for row, (hybrid, plan) in enumerate(plans.items()):
         for column, layer in enumerate(layers):
-            color = GUIDED_COLOR if plan[layer] == "guided" else DIRECT_COLOR
+            color = ROLE_COLORS[plan[layer]]
             axis.add_patch(Rectangle((column, -row), 0.86, 0.8, facecolor=color, alpha=0.28, lw=0))
             axis.add_patch(Rectangle((column, -row), 0.86, 0.8 * kept[hybrid][layer], facecolor=color, lw=0))
     axis.set(xlim=(-0.1, len(layers)), ylim=(-len(plans) + 0.9, 0.95))
@@ -338,7 +340,10 @@ def hybrid_maps(plans: Mapping[str, Mapping[str, str]], kept: Mapping[str, Mappi
     sns.despine(ax=axis, left=True, bottom=True)
     axis.set_xlabel("weighted layer, in execution order")
     axis.set_title(title)
-    meaning = {"pruned directly": DIRECT_COLOR, "guided by the ghost": GUIDED_COLOR, "filled height: share kept": "0.8"}
+    said = {"direct": "pruned directly", "guided": "guided by the ghost", "mixed": "magnitude times connectivity"}
+    roles = {role for plan in plans.values() for role in plan.values()}
+    meaning = {said[role]: color for role, color in ROLE_COLORS.items() if role in roles}
+    meaning["filled height: share kept"] = "0.8"
     handles = [Patch(color=color, label=label) for label, color in meaning.items()]
     axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, -0.22 - 0.1 / len(plans)), ncols=3, fontsize=8)
     return figure

@@ -57,13 +57,16 @@ def side_and_share(hybrid: str) -> tuple[str, float]:
 
 
 def split(graph: LayerGraph, hybrid: str | Sequence[str]) -> dict[str, Role]:
-    """{layer: "direct" or "guided"} in execution order.
+    """{layer: "direct", "guided" or "mixed"} in execution order.
 
     hybrid: a name in HYBRIDS; "F<percent>" or "B<percent>" for the first or last share of the weighted layers (choice:
     percentages count layers, rounded, halves to the even count); or the names of the layers to guide. A layer without
-    a parent is always pruned directly (GC-Net, Fig. 3). Raises ValueError for an unknown name.
+    a parent is always pruned directly (GC-Net, Fig. 3). "Mix<percent>" mixes all others, see `hybrid_masks`. Raises
+    ValueError for an unknown name.
     """
     layers = graph.layers
+    if mixing_exponent(hybrid) is not None:
+        return {layer: "mixed" if graph.parents[layer] else "direct" for layer in layers}
     if isinstance(hybrid, str):
         side, share = side_and_share(hybrid)
         count = round(share * len(layers))
@@ -107,11 +110,7 @@ def hybrid_masks(
     hybrid "Mix<percent>" (this project's, not the paper's): one ranking of all layers in the network whose weights are
     magnitude times connectivity to that power, see `build_mixture`; Mix100 is the product, Mix0 is direct pruning.
     """
-    exponent = mixing_exponent(hybrid)
-    if exponent is not None:
-        plan: dict[str, Role] = {layer: "mixed" if graph.parents[layer] else "direct" for layer in graph.layers}
-    else:
-        plan = split(graph, hybrid)
+    exponent, plan = mixing_exponent(hybrid), split(graph, hybrid)
     missing = [layer for layer, role in plan.items() if role != "direct" and layer not in connectivity]
     if missing:
         raise ValueError(f"no connectivity is given for the guided layers {missing}")
@@ -174,7 +173,7 @@ def ghost_prune(
         raise ValueError("ghost_prune needs images: got no batch at all")
     example = first[0][:1].to(next(model.parameters()).device)
     graph = graph or layer_graph(model, example, residual=residual)
-    needed = "guided" in split(graph, hybrid).values()
+    needed = any(role != "direct" for role in split(graph, hybrid).values())
     if needed and connectivity is None:
         connectivity = measure_connectivity(
             model, chain([first], batches), similarity=similarity, tap=tap, classwise=classwise, absolute=absolute,

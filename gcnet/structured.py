@@ -24,7 +24,7 @@ from gcnet import cost
 from gcnet.connectivity import connectivity as measure_connectivity
 from gcnet.errors import unknown
 from gcnet.graph import LayerGraph, layer_graph
-from gcnet.hybrid import Role, split
+from gcnet.hybrid import Role, mixing_exponent, split
 from gcnet.interop import check_plain
 from gcnet.pruning import Masks, weight_name
 from gcnet.store import write_json
@@ -40,7 +40,7 @@ def torch_pruning() -> ModuleType:
     try:
         import torch_pruning as tp
     except ImportError as error:
-        raise ImportError("structured pruning needs torch-pruning: pip install 'gcnet[structured]'") from error
+        raise ImportError("structured pruning needs torch-pruning: pip install -e '.[structured]'") from error
     return tp
 
 
@@ -93,8 +93,12 @@ def filter_scores(
 ) -> tuple[dict[str, Tensor], dict[str, Role]]:
     """({layer: (C_out,) scores of mean 1}, role of each layer): guided layers by the ghost, the others by |weight|.
 
-    Raises ValueError when a guided layer has no connectivity. Source: GC-Net's hybrids, for filters (choice).
+    Raises ValueError when a guided layer has no connectivity, and for "Mix<percent>". Source: GC-Net's hybrids, for filters (choice).
     """
+    if mixing_exponent(hybrid) is not None:
+        raise ValueError(
+            f"hybrid '{hybrid}' ranks single weights; filters are scored by a hybrid such as B25 or direct"
+        )
     plan = split(graph, hybrid)
     ghost = ghost_filter_scores(model, graph, connectivity or {})
     missing = [layer for layer, role in plan.items() if role == "guided" and layer not in ghost]

@@ -83,7 +83,7 @@ def ready(study: Study, notebook: str) -> None:
         raise RuntimeError(f"{len(failures)} of the tasks that this notebook needs failed: {named}")
 
 
-_ALSO = {"05": ("02",)}  # its claims speak of how connectivity moves
+_ALSO = {"03": ("04",), "05": ("02",)}  # 03 shows the cells of 04; the claims of 05 speak of how connectivity moves
 
 Task = tuple[Callable[..., str], Study, Any]
 

@@ -384,6 +384,9 @@ def test_a_mix_ranks_all_layers_together_at_the_exact_sparsity() -> None:
     total = sum(mask.numel() for mask in masks.values())
     assert sum(int((~mask).sum()) for mask in masks.values()) == round(total / 2)
     assert set(plan.values()) == {"direct", "mixed"} and plan[graph.layers[0]] == "direct"
+    assert plan == split(graph, "Mix50")
+    whole = ghost_prune(model, images(), pruner="l1", sparsity=0.5, hybrid="Mix50")
+    assert whole.plan == plan and set(whole.connectivity) == set(matrices)
     nothing, _ = hybrid_masks(model, graph, matrices, hybrid="Mix0", **options)
     direct, _ = hybrid_masks(model, graph, {}, hybrid="direct", **options)
     assert all(torch.equal(nothing[name], direct[name]) for name in direct)

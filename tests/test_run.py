@@ -331,3 +331,13 @@ def test_sweep_lists_what_failed_and_marks_only_success(project: Path, capsys: p
     (project / "params" / "tiny.yaml").write_text(STUDY + quick + "flops_similarities: [pearson]\nshift_images: 50\n")
     assert main(["sweep", "--study", "tiny", "--jobs", "1"]) == 0
     assert json.loads(run.marker("tiny", "sweep").read_text())["study"]["epochs"] == 1
+
+
+def test_a_worker_that_died_is_told_apart_from_a_task_that_failed(capsys: pytest.CaptureFixture[str]) -> None:
+    from gcnet.__main__ import _print_failures
+
+    _print_failures([{"stage": "cells", "task": "a", "error": "ValueError: no"}])
+    assert "JOBS=1" not in capsys.readouterr().err
+    _print_failures([{"stage": "cells", "task": t, "error": "BrokenProcessPool: it died"} for t in "ab"])
+    shown = capsys.readouterr().err
+    assert "failed: BrokenProcessPool: it died\n  cells: a\n  cells: b\n" in shown and "JOBS=1" in shown

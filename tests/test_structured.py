@@ -122,6 +122,8 @@ def test_hybrids_score_guided_layers_by_the_ghost_and_the_rest_by_weights() -> N
         assert torch.allclose(score, raw / raw.mean()) and abs(float(score.mean()) - 1) < 1e-9
     with pytest.raises(ValueError, match="no connectivity is given for the guided layers"):
         filter_scores(model, graph, {}, hybrid="Full")
+    with pytest.raises(ValueError, match="'Mix50' ranks single weights"):
+        filter_scores(model, graph, {}, hybrid="Mix50")
 
 
 # --- the smaller network --------------------------------------------------------------------------------------------
