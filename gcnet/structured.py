@@ -93,7 +93,8 @@ def filter_scores(
 ) -> tuple[dict[str, Tensor], dict[str, Role]]:
     """({layer: (C_out,) scores of mean 1}, role of each layer): guided layers by the ghost, the others by |weight|.
 
-    Raises ValueError when a guided layer has no connectivity, and for "Mix<percent>". Source: GC-Net's hybrids, for filters (choice).
+    Raises ValueError when a guided layer has no connectivity, and for "Mix<percent>".
+    Source: GC-Net's hybrids, for filters (choice).
     """
     if mixing_exponent(hybrid) is not None:
         raise ValueError(
