@@ -105,7 +105,7 @@ $(DONE)/sweep.json: params/$(STUDY).yaml $(CODE) | $(ENV)
 		$(if $(ADDRESS),--address $(ADDRESS)) $(OPTIONS:%=--option %)
 
 $(DONE)/%.json: notebooks/%.ipynb params/$(STUDY).yaml $(wildcard params/claims.yaml) $(CODE) | $(ENV)
-	@$(PY) -m gcnet run $< --study $(STUDY)
+	@$(if $(filter $(FREE),$@),$(HALVED)) $(PY) -m gcnet run $< --study $(STUDY)
 
 # A notebook needs nothing but the sweep, the quick start not even that. Those that measure times (07, then 10) run when
 # nothing else does; 09 reads what the others conclude.
@@ -123,7 +123,9 @@ ifneq ($(call done_of,09_%),)
 $(call done_of,09_%): $(call done_of,$(filter-out 00_% 09_%,$(NOTEBOOKS)))
 endif
 
-# Two notebooks at a time, where the command line does not say -jN: drawing keeps one core busy.
+# Two notebooks at a time, where the command line does not say -jN: drawing keeps one core busy. Each gets half of the
+# cores: more threads than cores take several times as long.
+HALVED := OMP_NUM_THREADS=$$((($$(nproc) + 1) / 2))
 ifneq ($(filter reproduce paper,$(MAKECMDGOALS)),)
 ifeq ($(MAKELEVEL),0)
 MAKEFLAGS += -j2

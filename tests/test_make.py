@@ -42,7 +42,7 @@ Path("half").write_text(stage)
 if does == "slow":
     time.sleep(0.5)
     with open("spans", "a") as spans:
-        spans.write(f"{stage} {started} {time.time()}" + chr(10))
+        spans.write(f"{stage} {started} {time.time()} {os.environ.get('OMP_NUM_THREADS', 'all')}" + chr(10))
 if does == "hang":
     time.sleep(60)
 if does == "edit":
@@ -150,14 +150,19 @@ def test_a_study_runs_only_the_notebooks_that_it_names(project: Path) -> None:
     assert ran(project) == ["sweep", CHAIN[0], CHAIN[-1]]
 
 
-def test_two_notebooks_run_at_once_and_those_that_measure_times_alone(project: Path) -> None:
+def test_two_notebooks_run_at_once_and_those_that_measure_times_alone(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for name in CHAIN[:-1]:
         (project / "notebooks" / f"{name}.ipynb").write_text("slow")
     assert make("reproduce").returncode == 0
-    spans = {}
+    spans, threads = {}, {}
     for line in (project / "spans").read_text().splitlines():
-        stage, start, end = line.split()
+        stage, start, end, threads[stage] = line.split()
         spans[stage] = float(start), float(end)
+    half = str((len(os.sched_getaffinity(0)) + 1) // 2)
+    assert [threads[stage] for stage in CHAIN[:-1]] == [half, half, "all", "all"]
     first, second = (spans[name] for name in FREE)
     assert first[0] < second[1] and second[0] < first[1]
     for name in ("07_cka_sr", "10_own_network"):
