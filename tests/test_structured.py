@@ -325,7 +325,7 @@ def test_no_images() -> None:
 
 def test_without_torch_pruning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
-    with pytest.raises(ImportError, match=r"pip install 'gcnet\[structured\]'"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[structured\]'"):
         structured_prune(joined(), batches(8))
 
 
