@@ -1,7 +1,8 @@
 """What a study computed as one file: `results/<study>/store.zip`, to go on from on another machine.
 
 The archive holds the trained dense networks, the connectivity and every small result (JSON), not the fine-tuned
-networks and masks of the cells: those are computed again where something asks for them.
+networks and masks of the cells: those are computed again where something asks for them. Dense networks and connectivity
+that the archive of another study holds are left to it: the archive names that study, and both are unpacked.
 """
 
 from __future__ import annotations
@@ -37,17 +38,32 @@ def pack(study: Study) -> tuple[Path, list[str]]:
     folders = sorted(set().union(*(found for found, _ in chain.from_iterable(of_stage.values()))))
     if not folders:
         raise ValueError(f"nothing of study '{study.study}' is computed yet: make sweep first")
+    held, also = _held_elsewhere(study.study), set()
     with atomic_write(path(study.study)) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
         for folder in folders:
             entry = json.loads((folder / "entry.json").read_text(encoding="utf-8"))
             if entry["kind"] in LEFT_OUT:
+                continue
+            if entry["kind"] in WHOLE and folder.name in held:
+                also.add(held[folder.name])
                 continue
             kept = [n for n in entry["files"] if entry["kind"] in WHOLE or n.endswith(".json")]
             entry["without"] = sorted(set(entry["files"]) - set(kept))
             _add(archive, f"{folder.name}/entry.json", (json.dumps(entry, indent=1, sort_keys=True) + "\n").encode())
             for name in kept:
                 _add(archive, f"{folder.name}/{name}", (folder / name).read_bytes())
+        archive.comment = " ".join(sorted(also)).encode()
     return path(study.study), missing
+
+
+def _held_elsewhere(study: str) -> dict[str, str]:
+    """{store entry: another study whose archive has it}"""
+    held = {}
+    for file in sorted(paths.results("").glob("*/store.zip")):
+        if file != path(study):
+            with zipfile.ZipFile(file) as archive:
+                held |= {name.partition("/")[0]: file.parent.name for name in archive.namelist()}
+    return held
 
 
 def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
@@ -57,13 +73,26 @@ def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
 def unpack(study: str) -> tuple[int, int]:
     """Put the archive's entries into the store; (added, there before). An entry that is there is left alone.
 
-    Raises FileNotFoundError where the study has no archive, ValueError for a damaged one.
+    So are those of the archives that it names. Raises FileNotFoundError where one of the studies has no archive,
+    ValueError for a damaged one.
     """
+    added = there = 0
+    wanted = [study]
+    for name in wanted:  # which grows
+        new, old, also = _unpack_one(name)
+        added, there = added + new, there + old
+        wanted += [other for other in also if other not in wanted]
+    return added, there
+
+
+def _unpack_one(study: str) -> tuple[int, int, list[str]]:
+    """(added, there before, the studies whose archives it needs)"""
     if not path(study).exists():
         raise FileNotFoundError(f"study '{study}' has no {path(study).name} below results/{study}/")
     added = there = 0
     try:
         with zipfile.ZipFile(path(study)) as archive:
+            also = archive.comment.decode().split()
             folders: dict[str, list[str]] = {}
             for name in archive.namelist():
                 if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
@@ -81,4 +110,4 @@ def unpack(study: str) -> tuple[int, int]:
                 added += 1
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path(study)} is damaged ({error}): git restores it") from None
-    return added, there
+    return added, there, also

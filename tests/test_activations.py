@@ -147,8 +147,9 @@ def test_no_gradient_is_kept() -> None:
 # --- moments --------------------------------------------------------------------------------------------------------
 
 
-def moments_of(a: np.ndarray, b: np.ndarray, cuts: list[int]) -> Moments:
+def moments_of(a: np.ndarray, b: np.ndarray, cuts: list[int], merged: int) -> Moments:
     moments = Moments([(A, B), (A, A), (A, B)])
+    moments._MERGED = merged
     edges = [0, *sorted(cuts), len(a)]
     for start, stop in pairwise(edges):
         moments.update({A: torch.from_numpy(a[start:stop]), B: torch.from_numpy(b[start:stop])})
@@ -160,13 +161,14 @@ def moments_of(a: np.ndarray, b: np.ndarray, cuts: list[int]) -> Moments:
     st.lists(st.integers(0, 40), max_size=6),
     st.sampled_from([0.0, 1.0, 1e4, -1e8]),
     st.integers(0, 9),
+    st.sampled_from([1, 7, 1000]),
 )
 def test_moments_do_not_depend_on_the_batches_and_keep_their_digits(
-    count: int, cuts: list[int], mean: float, seed: int
+    count: int, cuts: list[int], mean: float, seed: int, merged: int
 ) -> None:
     rng = np.random.default_rng(seed)
     a, b = rng.normal(size=(count, 3)), rng.normal(size=(count, 2))
-    moments = moments_of(a + mean, b - mean, [min(cut, count) for cut in cuts])
+    moments = moments_of(a + mean, b - mean, [min(cut, count) for cut in cuts], merged)
     x, y = a - a.mean(0), b - b.mean(0)
     loss = 1e-10 + abs(mean) * 1e-14  # what adding the mean to float64 numbers costs
     assert moments.count == count

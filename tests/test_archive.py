@@ -81,6 +81,27 @@ def test_packing_again_gives_the_same_file_and_no_large_one(packed: Path) -> Non
     assert not any(n.startswith(("cell-", "corrupted-")) and not n.endswith(".json") for n in names)
 
 
+def test_what_another_archive_holds_is_left_to_it(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive.unpack(STUDY.study)
+    second = STUDY.model_copy(update={"study": "second"})
+    paths.results("second").mkdir()
+    written, _ = archive.pack(second)
+    names = zipfile.ZipFile(written).namelist()
+    assert any(n.startswith("shift-") for n in names)
+    assert not any(n.startswith(("dense-", "connectivity-")) for n in names)
+
+    monkeypatch.setenv("GCNET_RUNS", str(elsewhere / "third"))
+    assert archive.unpack("second")[0] > 5
+    for name in ("train", "connectivity", "hybrid_masks", "score"):
+        monkeypatch.setattr(computing, name, fail)
+    assert sweep(second, Here()) == []
+    # The first keeps what the second relies on, however often both are packed.
+    assert archive.pack(STUDY)[0].stat().st_size > archive.pack(second)[0].stat().st_size
+    archive.path(STUDY.study).unlink()
+    with pytest.raises(FileNotFoundError, match=f"study '{STUDY.study}' has no"):
+        archive.unpack("second")
+
+
 def test_no_archive_and_a_damaged_one_are_said(elsewhere: Path) -> None:
     archive.path(STUDY.study).write_bytes(archive.path(STUDY.study).read_bytes()[:500])
     with pytest.raises(ValueError, match=r"store\.zip is damaged"):
