@@ -1,8 +1,8 @@
 """What a study computed as one file: `results/<study>/store.zip`, to go on from on another machine.
 
-The archive holds the trained dense networks, the connectivity and every small result (JSON), not the fine-tuned
-networks and masks of the cells: those are computed again where something asks for them. Dense networks and connectivity
-that the archive of another study holds are left to it: the archive names that study, and both are unpacked.
+The archive holds the trained dense networks, the connectivity, SNACS's scores and every small result (JSON), not the
+fine-tuned networks and masks of the cells: those are computed again where something asks for them. The large files that
+the archive of another study holds are left to it: the archive names that study, and both are unpacked.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gcnet.store import atomic_write
 from gcnet.study import Study
 from gcnet.sweep import entries, stages
 
-WHOLE = ("dense", "connectivity")  # kinds that are packed with every file
+WHOLE = ("dense", "connectivity", "snacs_scores", "snacs_mint")  # kinds that are packed with every file
 LEFT_OUT = ("corrupted",)  # kinds that are made again in seconds from the images
 _DATE = (1980, 1, 1, 0, 0, 0)  # the same content gives the same archive
 

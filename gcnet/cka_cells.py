@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -97,10 +97,11 @@ def regularizer(study: Study, net: nn.Sequential, beta: float) -> CKASparsityReg
     )  # fmt: skip
 
 
-def run_folder(study: Study, run: Run) -> Path:
+def run_folder(study: Study, run: Run, needs: Sequence[str] | None = None) -> Path:
     """The folder with `model.safetensors`, `masks.safetensors`, `run.json` and `history.json` of a training.
 
-    Dense networks also leave `early.safetensors`, the weights that rewinding goes back to.
+    Dense networks also leave `early.safetensors`, the weights that rewinding goes back to. needs: the files that are
+    wanted, None for all.
     """
 
     def compute(folder: Path) -> None:
@@ -148,7 +149,7 @@ def run_folder(study: Study, run: Run) -> Path:
         }
         write_json(folder / "run.json", result)
 
-    return Store().once("cka_run", _inputs(study, run), compute)
+    return Store().once("cka_run", _inputs(study, run), compute, needs)
 
 
 def _state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -157,7 +158,7 @@ def _state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def run_result(study: Study, run: Run) -> dict[str, Any]:
     """method, sparsity, beta, seed, accuracy (test), val_accuracy, ece, weights, kept_weights."""
-    return read_json(run_folder(study, run) / "run.json")
+    return read_json(run_folder(study, run, ["run.json"]) / "run.json")
 
 
 def run_network(study: Study, run: Run) -> tuple[nn.Sequential, Masks]:
@@ -528,7 +529,7 @@ def run_choice(study: Study, run: Run) -> str:
 
 def run_plan(study: Study, plan: Plan) -> str:
     run = settled(study, plan)
-    run_folder(study, run)
+    run_result(study, run)
     if run.method in ("dense", "rst"):
         measured(study, run)
     if run.method in study.cka_shift_methods:

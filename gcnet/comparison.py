@@ -71,7 +71,8 @@ def comparison_table(study: Study) -> pd.DataFrame:
             result = snacs_cells.cell_result(study, cell)
             facts = {"system": "SNACS" if cell.method == "snacs" else "peer of SNACS", "network": network,
                      "method": f"{SNACS_NAMES[cell.method]} (δ {cell.delta:g})", "sparsity": result["sparsity"],
-                     "seed": cell.seed, "seconds": _seconds(snacs_cells.cell_folder(study, cell))}  # fmt: skip
+                     "seed": cell.seed,
+                     "seconds": _seconds(snacs_cells.cell_folder(study, cell, ["cell.json"]))}  # fmt: skip
             add(facts, snacs_cells.shift_rows(study, cell), macs=result["macs"] / whole)
     if study.runs("07"):
         mine = cka_cells.own(study)
@@ -82,7 +83,7 @@ def comparison_table(study: Study) -> pd.DataFrame:
             facts = {"system": "CKA-SR" if run.beta else "sparse training", "seed": run.seed, "sparsity": run.sparsity,
                      "method": f"{run.method.upper()}{' + CKA-SR' if run.beta else ''}",
                      "network": f"{mine.network} x {mine.width:g}",
-                     "seconds": _seconds(cka_cells.run_folder(study, run))}  # fmt: skip
+                     "seconds": _seconds(cka_cells.run_folder(study, run, ["run.json"]))}  # fmt: skip
             add(facts, cka_cells.shifted(study, run), macs=left)
     if study.runs("08"):
         for cell in ftwt_cells.gated_cells(study):
@@ -91,7 +92,7 @@ def comparison_table(study: Study) -> pd.DataFrame:
             left = {family: 1 - mean for family, mean, _ in _families(saved)}
             facts = {"system": "FTWT", "method": f"FTWT {cell.mode} (r {cell.r:g})", "network": network,
                      "sparsity": 0.0, "seed": cell.seed,
-                     "seconds": _seconds(ftwt_cells.gated_folder(study, cell))}  # fmt: skip
+                     "seconds": _seconds(ftwt_cells.gated_folder(study, cell, ["cell.json"]))}  # fmt: skip
             add(facts, shifts, macs=left)
     if study.runs("10"):
         for cell in (c for c in structured_cells.structured_cells(study) if not c.is_dense):
@@ -100,7 +101,7 @@ def comparison_table(study: Study) -> pd.DataFrame:
             facts = {"system": "structured", "method": f"filters: {name.get(cell.method, cell.method)} ({cell.macs:g})",
                      "network": network, "sparsity": 1 - result["parameters"] / result["parameters_dense"],
                      "seed": cell.seed,
-                     "seconds": _seconds(structured_cells.structured_folder(study, cell))}  # fmt: skip
+                     "seconds": _seconds(structured_cells.structured_folder(study, cell, ["cell.json"]))}  # fmt: skip
             left = result["macs_left"] / result["macs_dense"]
             add(facts, structured_cells.structured_shift_rows(study, cell), macs=float(left))
     return pd.DataFrame(rows, columns=COLUMNS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -124,10 +124,13 @@ def _gated(study: Study, cell: GatedCell, model: nn.Module, example: Tensor | No
     )  # fmt: skip
 
 
-def gated_folder(study: Study, cell: GatedCell) -> Path:
-    """The folder with `model.safetensors` (the gated network, trained) and `cell.json`, what it does on test images."""
+def gated_folder(study: Study, cell: GatedCell, needs: Sequence[str] | None = None) -> Path:
+    """The folder with `model.safetensors` (the gated network, trained) and `cell.json`, what it does on test images.
+
+    needs: the files that are wanted, None for all.
+    """
     if cell.mode == STATIC:
-        return _static_folder(study, cell)
+        return _static_folder(study, cell, needs)
 
     def compute(folder: Path) -> None:
         net = dense(study, cell.seed)
@@ -145,14 +148,14 @@ def gated_folder(study: Study, cell: GatedCell) -> Path:
         write_json(folder / "cell.json", {**cell.row(), **_facts(firing, sets.test), "history": history,
                                           "layers": _layer_facts(net[1], firing, sets.test)})  # fmt: skip
 
-    return Store().once("ftwt_cell", _cell_inputs(study, cell), compute)
+    return Store().once("ftwt_cell", _cell_inputs(study, cell), compute, needs)
 
 
-def _static_folder(study: Study, cell: GatedCell) -> Path:
+def _static_folder(study: Study, cell: GatedCell, needs: Sequence[str] | None) -> Path:
     """The same network with the same filters off for every image, those of the smallest L1 norm in each layer."""
 
     def compute(folder: Path) -> None:
-        matched = read_json(gated_folder(study, replace(cell, mode="decoupled")) / "cell.json")
+        matched = gated_result(study, replace(cell, mode="decoupled"))
         net = dense(study, cell.seed)
         net = nn.Sequential(net[0], _gated(study, cell, net[1]))
         sets, how = splits(study), precision(study)
@@ -172,7 +175,7 @@ def _static_folder(study: Study, cell: GatedCell) -> Path:
         write_json(folder / "cell.json", {**cell.row(), **facts, "history": history,
                                           "layers": _layer_facts(net[1], firing, sets.test)})  # fmt: skip
 
-    return Store().once("ftwt_cell", _cell_inputs(study, cell), compute)
+    return Store().once("ftwt_cell", _cell_inputs(study, cell), compute, needs)
 
 
 def _save(gated: Gated, folder: Path) -> None:
@@ -181,7 +184,7 @@ def _save(gated: Gated, folder: Path) -> None:
 
 def gated_result(study: Study, cell: GatedCell) -> dict[str, Any]:
     """The facts of a network: accuracy, ece, macs, macs_authors, reductions, mask_accuracy, layers, history."""
-    return read_json(gated_folder(study, cell) / "cell.json")
+    return read_json(gated_folder(study, cell, ["cell.json"]) / "cell.json")
 
 
 def gated_network(study: Study, cell: GatedCell) -> nn.Sequential:
@@ -340,7 +343,7 @@ def run_estimate(study: Study, seed: int) -> str:
 
 
 def run_gated(study: Study, cell: GatedCell) -> str:
-    gated_folder(study, cell)
+    gated_result(study, cell)
     if cell.mode != "joint":
         gated_shift_rows(study, cell)
     return " ".join(str(value) for value in cell.row().values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -251,8 +251,11 @@ def _cell_inputs(study: Study, cell: SnacsCell) -> dict[str, Any]:
     }
 
 
-def cell_folder(study: Study, cell: SnacsCell) -> Path:
-    """The folder with `masks.safetensors`, `model.safetensors` (fine-tuned once) and `cell.json` of a pruned cell."""
+def cell_folder(study: Study, cell: SnacsCell, needs: Sequence[str] | None = None) -> Path:
+    """The folder with `masks.safetensors`, `model.safetensors` (fine-tuned once) and `cell.json` of a pruned cell.
+
+    needs: the files that are wanted, None for all.
+    """
 
     def compute(folder: Path) -> None:
         net = cells.dense(study, cell.seed)
@@ -284,7 +287,7 @@ def cell_folder(study: Study, cell: SnacsCell) -> Path:
         cells.save_model(net[1], folder)
         write_json(folder / "cell.json", result)
 
-    return Store().once("snacs_cell", _cell_inputs(study, cell), compute)
+    return Store().once("snacs_cell", _cell_inputs(study, cell), compute, needs)
 
 
 @torch.no_grad()
@@ -318,7 +321,7 @@ def structure(study: Study, net: nn.Sequential, masks: Masks) -> dict[str, Any]:
 def cell_result(study: Study, cell: SnacsCell) -> dict[str, Any]:
     """The facts of a cell; of the dense network those that it has."""
     if cell.method != "none":
-        return read_json(cell_folder(study, cell) / "cell.json")
+        return read_json(cell_folder(study, cell, ["cell.json"]) / "cell.json")
     dense = cells.Cell("none", "none", "none", 0.0, cell.seed)
     known = cells.cell_result(study, dense)
     val = cells.splits(study).val

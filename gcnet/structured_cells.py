@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,8 +103,11 @@ def _inputs(study: Study, cell: StructuredCell) -> dict[str, Any]:
     }
 
 
-def structured_folder(study: Study, cell: StructuredCell) -> Path:
-    """The folder of a smaller, fine-tuned network: what `save_structured` writes, the masks, and `cell.json`."""
+def structured_folder(study: Study, cell: StructuredCell, needs: Sequence[str] | None = None) -> Path:
+    """The folder of a smaller, fine-tuned network: what `save_structured` writes, the masks, and `cell.json`.
+
+    needs: the files that are wanted, None for all.
+    """
 
     def compute(folder: Path) -> None:
         pruning = smaller(study, cell)
@@ -131,12 +134,12 @@ def structured_folder(study: Study, cell: StructuredCell) -> Path:
         }
         write_json(folder / "cell.json", result)
 
-    return Store().once("structured", _inputs(study, cell), compute)
+    return Store().once("structured", _inputs(study, cell), compute, needs)
 
 
 def cell_result(study: Study, cell: StructuredCell) -> dict[str, Any]:
     """The facts of a smaller network: macs_dense, macs_left, parameters, accuracy before and after, layers, frozen."""
-    return read_json(structured_folder(study, cell) / "cell.json")
+    return read_json(structured_folder(study, cell, ["cell.json"]) / "cell.json")
 
 
 def structured_network(study: Study, cell: StructuredCell) -> nn.Sequential:
@@ -264,7 +267,7 @@ def claims_table(study: Study, shifts: pd.DataFrame, margin: float = 0.005) -> p
 
 def run_structured(study: Study, cell: StructuredCell) -> str:
     if not cell.is_dense:
-        structured_folder(study, cell)
+        cell_result(study, cell)
     structured_shift_rows(study, cell)
     return f"{cell.method} {cell.macs:g} seed {cell.seed}"
 

@@ -102,6 +102,34 @@ def test_what_another_archive_holds_is_left_to_it(elsewhere: Path, monkeypatch: 
         archive.unpack("second")
 
 
+OTHERS = {
+    "06": {"snacs_images": 4, "snacs_methods": ["snacs"], "snacs_truth_samples": [50], "snacs_truth_repeats": 2,
+           "snacs_speed_groups": [2], "snacs_speed_filters": 4, "snacs_speed_samples": 60, "snacs_groups": 2},
+    "07": {"cka_width": 0.125, "cka_epochs": 1, "cka_methods": ["rst"], "cka_sparsities": [0.5], "cka_betas": [1e-3],
+           "cka_rewind_epochs": 0, "cka_images": 16, "cka_guided_sparsity": 0},
+    "08": {"ftwt_r": [0.9], "ftwt_joint_r": [], "ftwt_epochs": 1, "ftwt_latency_sizes": [32],
+           "ftwt_latency_batches": [1]},
+    "10": {"structured_macs": [0.7], "structured_methods": ["direct"], "structured_finetune_epochs": 0,
+           "structured_round_to": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("notebook", OTHERS)
+def test_the_other_systems_are_found_after_unpacking_too(
+    notebook: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(_project(tmp_path))
+    monkeypatch.setenv("GCNET_RUNS", str(tmp_path / "runs"))
+    paths.results(STUDY.study).mkdir(parents=True)
+    study = Study.create(**{**SMALL.model_dump(), **OTHERS[notebook], "notebooks": [notebook]})
+    assert sweep(study, Here()) == []
+    assert archive.pack(study)[1] == []
+    monkeypatch.setenv("GCNET_RUNS", str(tmp_path / "other"))
+    archive.unpack(study.study)
+    left_out = archive.pack(study)[1]
+    assert all("corruptions" in words for words in left_out), left_out
+
+
 def test_no_archive_and_a_damaged_one_are_said(elsewhere: Path) -> None:
     archive.path(STUDY.study).write_bytes(archive.path(STUDY.study).read_bytes()[:500])
     with pytest.raises(ValueError, match=r"store\.zip is damaged"):

@@ -71,7 +71,7 @@ def store(computed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         raise AssertionError("this was computed before")
 
     once = Store.once
-    monkeypatch.setattr(Store, "once", lambda self, kind, inputs, _: once(self, kind, inputs, fail))
+    monkeypatch.setattr(Store, "once", lambda self, kind, inputs, _, needs=None: once(self, kind, inputs, fail, needs))
     yield computed
 
 
