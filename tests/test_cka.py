@@ -429,6 +429,21 @@ def test_the_gram_gradient_in_every_memory_order_and_precision(layout: str, dtyp
     assert (ours.grad - plain.grad).abs().max() < exact * plain.grad.abs().max()
 
 
+@pytest.mark.parametrize("offset", [0.0, 1.0, 50.0])
+def test_bfloat16_features_have_the_gram_matrix_of_float32(offset: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    # 50: the rows hardly vary against their length, where centring the product would lose too much.
+    x = (offset + draw(64, 16, 12, 12)).bfloat16().to(memory_format=torch.channels_last)
+    rows = cka._columns(x).double()
+    centred = rows - rows.mean(0)
+    for hardware in {False, cka.fast_bfloat16(torch.device("cpu"))}:
+        monkeypatch.setattr(cka, "fast_bfloat16", lambda device, hardware=hardware: hardware)
+        gram, size = cka._centred_gram(x)
+        assert gram.dtype == torch.float32
+        assert (gram - centred @ centred.T).abs().max() < 1e-4 * rows.square().sum(1).mean()
+        assert (gram - centred @ centred.T).norm() < 2e-4 * (centred @ centred.T).norm()
+        assert size.item() == pytest.approx(rows.square().sum(1).mean().item(), rel=1e-4)
+
+
 def test_large_maps_are_added_up_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     x = (1 + draw(8, 3000)).float()
     whole = cka._centred_gram(x)
