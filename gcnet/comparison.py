@@ -19,7 +19,9 @@ from gcnet.study import Study
 COLUMNS = ("method", "sparsity", "macs", "seed", "shift_family", "accuracy", "seconds", "ece", "system", "network")
 PRUNER_NAMES = {"l1": "L1", "l1_layer": "L1 by layer", "lamp": "LAMP", "os_synflow": "OS-SynFlow", "synflow": "SynFlow",
                 "random": "random"}  # fmt: skip
-SNACS_NAMES = {"snacs": "SNACS", "mint": "MINT", "l1_block": "L1 blocks", "l1_filter": "L1 filters", "gcnet": "GC-Net"}
+SNACS_NAMES = {"snacs": "SNACS", "mint": "MINT", "l1_block": "L1 blocks", "l1_filter": "L1 filters",
+               "gcnet": "GC-Net B25"}  # fmt: skip
+FTWT_NAMES = {"decoupled": "FTWT decoupled", "joint": "FTWT joint", "l1_filter": "L1 filters, FTWT's MACs"}
 # Shares of the dense network's multiply-accumulates that count as one budget (choice).
 BUDGETS = ((0.0, 0.2), (0.2, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1.01))
 
@@ -90,8 +92,8 @@ def comparison_table(study: Study) -> pd.DataFrame:
             shifts = ftwt_cells.gated_shift_rows(study, cell)
             saved = pd.DataFrame(shifts).assign(accuracy=lambda frame: frame.macs_reduction).to_dict("records")
             left = {family: 1 - mean for family, mean, _ in _families(saved)}
-            facts = {"system": "FTWT", "method": f"FTWT {cell.mode} (r {cell.r:g})", "network": network,
-                     "sparsity": 0.0, "seed": cell.seed,
+            facts = {"system": "peer of FTWT" if cell.mode == "l1_filter" else "FTWT", "network": network,
+                     "method": f"{FTWT_NAMES[cell.mode]} (r {cell.r:g})", "sparsity": 0.0, "seed": cell.seed,
                      "seconds": _seconds(ftwt_cells.gated_folder(study, cell, ["cell.json"]))}  # fmt: skip
             add(facts, shifts, macs=left)
     if study.runs("10"):
@@ -113,10 +115,11 @@ def _dense_macs(study: Study) -> float:
 
 def settings(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with `level`, the sparsity in steps of five points (0 where the method's name says the setting), and
-    `macs` averaged over the seeds and families of a method and level: what makes one point of a comparison."""
-    named = rows.system.isin(("SNACS", "peer of SNACS", "FTWT", "structured"))
+    `macs` and `sparsity` averaged over the seeds and families of a method and level: one point of a comparison."""
+    named = rows.system.isin(("SNACS", "peer of SNACS", "FTWT", "peer of FTWT", "structured"))
     rows = rows.assign(level=((20 * rows.sparsity).round() / 20).where(~named, 0.0))
-    return rows.assign(macs=rows.groupby(["method", "level"], sort=False).macs.transform("mean"))
+    point = rows.groupby(["method", "level"], sort=False)
+    return rows.assign(macs=point.macs.transform("mean"), sparsity=point.sparsity.transform("mean"))
 
 
 def budget_table(rows: pd.DataFrame, by: str) -> pd.DataFrame:
@@ -128,7 +131,7 @@ def budget_table(rows: pd.DataFrame, by: str) -> pd.DataFrame:
     """
     rows = settings(rows[rows.system != "dense"])
     if by == "sparsity":
-        rows = rows[~rows.system.isin(("structured", "FTWT"))]
+        rows = rows[~rows.system.isin(("structured", "FTWT", "peer of FTWT"))]
         level = (20 * rows.sparsity).round() / 20
         rows = rows.assign(budget=[f"{value:.0%} removed" for value in level], order=level)
     else:
