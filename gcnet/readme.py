@@ -10,9 +10,14 @@ import pandas as pd
 
 from gcnet import paths
 from gcnet.claims import overall
+from gcnet.comparison import budget_table
 from gcnet.reporting import to_markdown
 
 HEADLINE = "cifar10_vgg16_bn_quarter"  # the study whose verdicts stand first
+COMPARISON = "cifar10_vgg16_bn_quarter_comparison"
+# The plain setting of each system and its peers; the table of the study has all.
+SHOWN = ("L1 direct", "L1 B25", "SNACS", "MINT", "L1 blocks", "FTWT decoupled", "L1 filters, FTWT", "filters: direct",
+         "filters: B25", "filters: torch-pruning magnitude")  # fmt: skip
 
 
 def fill(text: str) -> str:
@@ -34,6 +39,18 @@ def verdicts() -> str:
     counted = ["/".join(map(str, row)) for row in comparisons.itertuples(index=False)]
     table = pd.DataFrame({"claim": claims.statement, "verdict": "**" + claims.verdict + "**"})
     return to_markdown(table.assign(**{"comparisons supported / contradicted / inconclusive": counted}))
+
+
+def systems() -> str:
+    """One row a budget of operations and system: the settings of SHOWN in the comparison of all systems."""
+    file = paths.results(COMPARISON) / "tables" / "comparison.csv"
+    if not file.is_file():
+        return "The systems have not been compared yet.\n"
+    rows = pd.read_csv(file)
+    table = budget_table(rows[rows.method.str.startswith(SHOWN)], "macs")
+    dense = rows[rows.system == "dense"].groupby("shift_family").accuracy.mean()
+    whole = ", ".join(f"{100 * mean:.1f} % {family}" for family, mean in dense.items())
+    return f"{to_markdown(table)}\nThe dense networks: {whole}.\n"
 
 
 def times() -> str:
@@ -72,7 +89,37 @@ def speed() -> str:
     return to_markdown(pd.DataFrame(rows)) if rows else "No benchmark has been run yet.\n"
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"verdicts": verdicts, "times": times, "speed": speed}
+def zoo() -> str:
+    """How many networks of each library work, and what does not and why."""
+    file = paths.results("benchmarks") / "zoo.csv"
+    if not file.is_file():
+        return "No network has been tried yet.\n"
+    table = pd.read_csv(file, keep_default_na=False)
+    lines, rows = [], []
+    for library, part in table.groupby("library", sort=False):
+        tried = part[~part.masks.str.startswith("not tried")]
+        lines.append(
+            f"- {library}: of {len(tried)} networks tried, masks work on {int((tried.masks == 'yes').sum())}, smaller "
+            f"networks came from {int((tried.structured == 'yes').sum())}."
+        )
+    for row in table.itertuples():
+        for what, result in (("masks", row.masks), ("smaller network", row.structured)):
+            if result.startswith("no: ") or result == "wrong sparsity":
+                reason = result.removeprefix("no: ").split(";")[0].split("(")[0].strip(" :,")
+                rows.append({"network": row.network, "what": what, "why not": reason})
+    if not rows:
+        return "\n".join(lines) + "\n"
+    why = pd.DataFrame(rows).groupby(["what", "why not"], sort=False).network.agg(", ".join).reset_index()
+    return "\n".join(lines) + "\n\n" + to_markdown(why[["network", "what", "why not"]])
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "verdicts": verdicts,
+    "systems": systems,
+    "times": times,
+    "speed": speed,
+    "zoo": zoo,
+}
 
 
 def write() -> Path:

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from gcnet import paths, readme
+from gcnet.comparison import COLUMNS
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -80,3 +81,42 @@ def test_every_make_target_named_exists() -> None:
 def test_every_study_named_exists() -> None:
     studies = {p.stem for p in (ROOT / "params").glob("*.yaml")}
     assert set(re.findall(r"STUDY=(\w+)", TEXT)) <= studies
+
+
+def test_networks_that_do_not_work_stand_with_their_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GCNET_RESULTS", str(tmp_path))
+    assert "No network" in readme.zoo()
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "zoo.csv").write_text(
+        "library,network,masks,structured\n"
+        "torchvision,resnet18,yes,yes\n"
+        "torchvision,shuffle_a,yes,no: it mixes channels (chunk); masks still work\n"
+        "torchvision,shuffle_b,yes,no: it mixes channels (view); masks still work\n"
+        "torchvision,vast,not tried: 700 million parameters,\n"
+        "timm,odd,no: cannot be traced,\n"
+    )
+    text = readme.zoo()
+    assert "- torchvision: of 3 networks tried, masks work on 3, smaller networks came from 1." in text
+    assert "- timm: of 1 networks tried, masks work on 0" in text and "vast" not in text
+    assert "| shuffle_a, shuffle_b | smaller network | it mixes channels |" in text
+    assert "| odd | masks | cannot be traced |" in text
+
+
+def test_the_systems_stand_with_their_plain_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GCNET_RESULTS", str(tmp_path))
+    assert "not been compared" in readme.systems()
+    folder = tmp_path / readme.COMPARISON / "tables"
+    folder.mkdir(parents=True)
+    methods = {"dense": ("dense", 1.0, 0.9), "L1 direct": ("direct", 0.5, 0.8), "L1 Full": ("GC-Net", 0.5, 0.1),
+               "SNACS (δ 0.7)": ("SNACS", 0.3, 0.7)}  # fmt: skip
+    facts = [
+        (method, 0.8, macs, seed, family, accuracy - (family == "corrupted") / 10, 60.0, 0.1, system, "vgg16_bn x 0.25")
+        for method, (system, macs, accuracy) in methods.items()
+        for seed in range(3)
+        for family in ("clean", "corrupted")
+    ]
+    pd.DataFrame(facts, columns=COLUMNS).to_csv(folder / "comparison.csv", index=False)
+    text = readme.systems()
+    assert "| 40% to 60% of the MACs | L1 direct | 80.0 ± 0.0 | 70.0 ± 0.0 | 50 % | 60 |" in text
+    assert "SNACS (δ 0.7)" in text and "L1 Full" not in text
+    assert text.endswith("The dense networks: 90.0 % clean, 80.0 % corrupted.\n")
