@@ -100,14 +100,16 @@ def latency_rows(name: str, model: nn.Module, size: int, round_to: int, repeats:
         )
         time_of = {row["network"]: row["median_s"] for row in measured}
         where = f"{name} at {size} px, batch 64, {threads} thread{'s' * (threads > 1)}, {measured[0]['device']}"
-        rows.append({
-            "case": f"{where}: share of latency left over share of MACs left, {share:.2f}",
-            "ours_s": time_of["ours"],
-            "peer": "dense",
-            "peer_s": time_of["dense"],
-            "ratio": measured[1]["ratio"] / share,
-            "target": "at most 1.3",
-        })
+        rows.append(
+            {
+                "case": f"{where}: share of latency left over share of MACs left, {share:.2f}",
+                "ours_s": time_of["ours"],
+                "peer": "dense",
+                "peer_s": time_of["dense"],
+                "ratio": measured[1]["ratio"] / share,
+                "target": "at most 1.3",
+            }
+        )
         rows.append({
             "case": f"{where}: {share:.2f} of the MACs",
             "ours_s": time_of["ours"],

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gcnet import snacs_cells
 from gcnet.cells import (
     Cell,
     cells,
@@ -442,18 +443,23 @@ def latency_table(study: Study) -> pd.DataFrame:
 
 
 def unstructured_table(study: Study) -> pd.DataFrame:
-    """GC-Net's cells of the same dense networks as far as the store has them: method, sparsity, seed, reduction
-    (theoretical MACs saved), accuracy. Nothing is computed for it."""
-    rows = []
+    """Direct, GC-Net's and SNACS's cells of the same dense networks as far as the store has them: system, setting, seed,
+    sparsity, macs_reduction (theoretical), accuracy. Nothing is computed for it."""
+    found = []
     for cell in cells(study):
-        folder = None if cell.is_dense else Store().find("cell", _pruned_inputs(study, cell))
+        folder = None if cell.is_dense else Store().find("cell", _pruned_inputs(study, cell), ["cell.json"])
         if folder:
-            result = read_json(folder / "cell.json")
-            total = gated_result(study, gated_cells(study)[0])["macs_dense"]
-            row = {"pruner": cell.pruner, "hybrid": cell.hybrid, "similarity": cell.similarity, "seed": cell.seed}
-            rows.append({**row, "sparsity": cell.sparsity, "macs_reduction": 1 - result["macs"] / total,
-                         "accuracy": result["accuracy"]})  # fmt: skip
-    return pd.DataFrame(rows)
+            setting = f"{cell.pruner} {cell.hybrid} {cell.similarity} {cell.sparsity:g}"
+            found.append(("direct" if cell.hybrid == "direct" else "GC-Net", setting, read_json(folder / "cell.json")))
+    found += [("SNACS", f"delta {result['delta']:g}", result) for result in snacs_cells.stored_results(study)]
+    if not found:
+        return pd.DataFrame()
+    total = gated_result(study, gated_cells(study)[0])["macs_dense"]
+    return pd.DataFrame([
+        {"system": system, "setting": setting, "seed": result["seed"], "sparsity": result["sparsity"],
+         "macs_reduction": 1 - result["macs"] / total, "accuracy": result["accuracy"]}
+        for system, setting, result in found
+    ])  # fmt: skip
 
 
 # --- claims ---------------------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ LOOKS = {
     "joint": {"color": "#D55E00", "marker": "s", "label": "FTWT, joint"},
     "l1_filter": {"color": "#7F7F7F", "marker": "v", "label": "static, L1 filter"},
 }
+# Masks that others made of the same dense networks.
+MASKED = {"direct": ("#009E73", "+"), "GC-Net": ("#CC79A7", "x"), "SNACS": ("#E69F00", "D")}
 
 
 def target_example(maxima: np.ndarray, r: float, k: int) -> Figure:
@@ -104,11 +106,12 @@ def accuracy_against_macs(accuracies: pd.DataFrame, unstructured: pd.DataFrame) 
             for r in x.index:
                 axis.annotate(f"r = {r:g}", (x[r], y[r]), xytext=(6, 5), textcoords="offset points", fontsize=8)
     if len(unstructured):
-        by = unstructured.groupby(["hybrid", "pruner", "similarity", "sparsity"])[["macs_reduction", "accuracy"]].mean()
-        for guided, color, label in ((False, "#009E73", "unstructured, direct"), (True, "#CC79A7", "GC-Net, guided")):
-            points = by[(by.index.get_level_values("hybrid") != "direct") == guided]
-            axis.plot(100 * (1 - points.macs_reduction), 100 * points.accuracy, ls="", marker="x" if guided else "+",
-                      color=color, ms=6, label=f"{label} (theoretical MACs)")  # fmt: skip
+        by = unstructured.groupby(["system", "setting"], sort=False)[["macs_reduction", "accuracy"]].mean()
+        for system, (color, marker) in MASKED.items():
+            if system in by.index:
+                points = by.loc[system]
+                axis.plot(100 * (1 - points.macs_reduction), 100 * points.accuracy, ls="", marker=marker, color=color,
+                          ms=6, label=f"{system} (masks, theoretical MACs)")  # fmt: skip
     dense = 100 * accuracies[accuracies["mode"] == "none"].accuracy.mean()
     axis.axhline(dense, color="black", lw=0.8, ls="--")
     axis.annotate("dense", (0, dense), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)

@@ -318,6 +318,14 @@ def structure(study: Study, net: nn.Sequential, masks: Masks) -> dict[str, Any]:
     }
 
 
+def stored_results(study: Study, method: str = "snacs") -> Iterator[dict[str, Any]]:
+    """The facts of a method's cells as far as the store has them; nothing is computed."""
+    for cell in snacs_cells(study):
+        folder = Store().find("snacs_cell", _cell_inputs(study, cell), ["cell.json"]) if cell.method == method else None
+        if folder:
+            yield read_json(folder / "cell.json")
+
+
 def cell_result(study: Study, cell: SnacsCell) -> dict[str, Any]:
     """The facts of a cell; of the dense network those that it has."""
     if cell.method != "none":

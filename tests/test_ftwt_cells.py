@@ -11,9 +11,10 @@ import torch
 
 from gcnet import ftwt_cells as ftwt
 from gcnet import ftwt_figures
-from gcnet.cells import dense, normalized_batches, splits
+from gcnet.cells import cells, dense, normalized_batches, splits
 from gcnet.dynamic import measure
 from gcnet.ftwt_cells import GatedCell, claims_table, gated_cells, gated_network, gated_result, gated_shift_rows, stages
+from gcnet.store import Store, write_json
 from gcnet.study import Study
 
 STUDY = Study.create(
@@ -124,6 +125,21 @@ def test_a_claim_needs_the_difference_to_lie_above_its_margin() -> None:
 def test_parameters_out_of_range(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Study.create(**values)
+
+
+def test_masks_of_other_systems_are_shown_where_the_store_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = {"seed": 0, "sparsity": 0.8, "accuracy": 0.5, "macs": 0}
+    direct, guided = (cell for cell in cells(STUDY) if not cell.is_dense)
+    for cell in (direct, guided):
+        Store().once("cell", ftwt._pruned_inputs(STUDY, cell), lambda folder: write_json(folder / "cell.json", facts))
+    monkeypatch.setattr(ftwt.snacs_cells, "stored_results", lambda _: iter([{**facts, "delta": 0.7}]))
+    table = ftwt.unstructured_table(STUDY)
+    assert table.system.tolist() == ["direct", "GC-Net", "SNACS"] and (table.macs_reduction == 1).all()
+    assert table.setting.tolist() == ["l1 direct none 0.8", "l1 B25 pearson 0.8", "delta 0.7"]
+    figure = ftwt_figures.accuracy_against_macs(ftwt.accuracy_table(STUDY), table)
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert sum("theoretical MACs" in label for label in labels) == 3
+    plt.close(figure)
 
 
 def test_cells_name_every_mode_once_a_seed() -> None:

@@ -117,6 +117,13 @@ def test_shifts_are_of_the_fine_tuned_network() -> None:
     assert rows[0]["accuracy"] == cell_result(STUDY, PRUNED[0])["accuracy"]
 
 
+def test_stored_results_are_what_is_there(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(stages.stored_results(STUDY)) == [cell_result(STUDY, PRUNED[0])]
+    assert [result["method"] for result in stages.stored_results(STUDY, "mint")] == ["mint"]
+    monkeypatch.setenv("GCNET_RUNS", str(tmp_path))
+    assert not list(stages.stored_results(STUDY))
+
+
 @pytest.mark.usefixtures("store")
 def test_tables() -> None:
     layers, accuracy, structure = layer_table(STUDY), accuracy_table(STUDY), structure_table(STUDY)
