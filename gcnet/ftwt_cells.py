@@ -443,8 +443,10 @@ def latency_table(study: Study) -> pd.DataFrame:
 
 
 def unstructured_table(study: Study) -> pd.DataFrame:
-    """Direct, GC-Net's and SNACS's cells of the same dense networks as far as the store has them: system, setting, seed,
-    sparsity, macs_reduction (theoretical), accuracy. Nothing is computed for it."""
+    """Cells of direct pruning, GC-Net and SNACS on the same dense networks as far as the store has them.
+
+    Columns: system, setting, seed, sparsity, macs_reduction (theoretical), accuracy. Nothing is computed for it.
+    """
     found = []
     for cell in cells(study):
         folder = None if cell.is_dense else Store().find("cell", _pruned_inputs(study, cell), ["cell.json"])
