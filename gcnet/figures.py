@@ -514,8 +514,8 @@ NEAR = 15  # points of accuracy below dense that still interest most
 def pareto(rows: pd.DataFrame, title: str) -> Figure:
     """Accuracy under corruption against the multiply-accumulates left: one marker a setting, bars over seeds.
 
-    rows: of comparison.csv, through `comparison.settings`. Left all settings, right those near the dense network. Hollow
-    markers: masks, whose operations are saved in theory only.
+    rows: of comparison.csv, through `comparison.settings`. Left all settings, right those near the dense network.
+    Hollow markers: masks, whose operations are saved in theory only.
     """
     rows = rows[rows.shift_family == "corrupted"]
     systems = list(dict.fromkeys(rows.system))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 
+import matplotlib.pyplot as plt
 import pandas as pd
 
+from gcnet import figures
 from gcnet.comparison import COLUMNS, budget_table, settings
 
 
@@ -48,3 +50,15 @@ def test_matched_sparsity_is_among_masks_only() -> None:
     assert ("80% removed", "L1 direct") in table.index
     # A method that finds its own sparsity stands once, at the mean over its seeds.
     assert [budget for budget, method in table.index if method.startswith("SNACS")] == ["70% removed"]
+
+
+def test_figure_tells_theory_from_networks_that_run_fewer_operations() -> None:
+    dense = rows()[lambda r: r.method == "L1 direct"].assign(method="dense", system="dense", macs=1.0, accuracy=0.9)
+    figure = figures.pareto(settings(pd.concat([dense, rows()])), "title")
+    hollow = {
+        line.get_label(): line.get_markerfacecolor() == "white" for line in figure.axes[1].get_legend().get_lines()
+    }
+    assert hollow == {"dense": False, "direct": True, "SNACS": True, "FTWT": False, "sparse training": True,
+                      "best so far": False}  # fmt: skip
+    assert figure.axes[1].get_ylim()[0] == 90 - figures.NEAR
+    plt.close(figure)
