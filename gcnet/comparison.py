@@ -13,7 +13,7 @@ from gcnet import cells, cka_cells, cost, ftwt_cells, snacs_cells, structured_ce
 from gcnet.figures import method as method_name
 from gcnet.reporting import mean_and_spread
 from gcnet.shifts import FAMILIES
-from gcnet.store import read_json
+from gcnet.store import Store, read_json
 from gcnet.study import Study
 
 COLUMNS = ("method", "sparsity", "macs", "seed", "shift_family", "accuracy", "seconds", "ece", "system", "network")
@@ -38,14 +38,21 @@ def _seconds(folder: Path) -> float:
     return float(read_json(folder / "entry.json")["wall_s"])
 
 
+def _measuring(kind: str, inputs: dict[str, Any]) -> float:
+    """Seconds of what a method measures on the dense network before it prunes; 0 where that was measured with it."""
+    found = Store().find(kind, inputs, ["layers.json"])
+    return _seconds(found) if found else 0.0
+
+
 def comparison_table(study: Study) -> pd.DataFrame:
     """comparison.csv: method, sparsity, macs, seed, shift_family, accuracy, seconds, ece, system, network.
 
     One row a network and family of shifts: clean (whole test set), corrupted (mean over corruptions and severities),
     natural. macs: share of the dense network's that is left, theoretical for masks, counted on the smaller network
-    where filters are gone, mean over the images of that family for dynamic pruning. seconds: pruning and fine-tuning
-    (for sparse training: all of the training) as measured where it was computed. Only what the study runs is in it;
-    CKA-SR trains networks of its own, named in `network`, and compares with others only where that is the same.
+    where filters are gone, mean over the images of that family for dynamic pruning. seconds: connectivity or scores,
+    pruning and fine-tuning (for sparse training: all of the training) as measured where it was computed. Only what the
+    study runs is in it; CKA-SR trains networks of its own, named in `network`, and compares with others only where that
+    is the same.
     """
     network, whole = f"{study.network} x {study.width:g}", _dense_macs(study)
     rows: list[dict[str, Any]] = []
@@ -54,6 +61,9 @@ def comparison_table(study: Study) -> pd.DataFrame:
         for family, accuracy, ece in _families(shifts):
             left = macs if isinstance(macs, float) else macs[family]
             rows.append({**facts, "macs": left, "shift_family": family, "accuracy": accuracy, "ece": ece})
+
+    def correlating(seed: int, similarity: str = "pearson") -> float:
+        return _measuring("connectivity", cells.connectivity_inputs(study, seed, similarity))
 
     for seed in study.seeds:
         dense = cells.Cell("none", "none", "none", 0.0, seed)
@@ -64,17 +74,24 @@ def comparison_table(study: Study) -> pd.DataFrame:
         for cell in (c for c in cells.cells(study) if not c.is_dense):
             result = cells.cell_result(study, cell)
             name = f"{PRUNER_NAMES[cell.pruner]} {method_name(cell.hybrid, cell.similarity)}"
-            facts = {"system": "direct" if cell.hybrid == "direct" else "GC-Net", "method": name, "network": network,
+            direct = cell.hybrid == "direct"
+            before = 0.0 if direct else correlating(cell.seed, cell.similarity)
+            facts = {"system": "direct" if direct else "GC-Net", "method": name, "network": network,
                      "sparsity": cell.sparsity, "seed": cell.seed,
-                     "seconds": _seconds(cells.cell_folder(study, cell, ["cell.json"]))}  # fmt: skip
+                     "seconds": before + _seconds(cells.cell_folder(study, cell, ["cell.json"]))}  # fmt: skip
             add(facts, cells.shift_rows(study, cell), macs=result["macs"] / whole)
     if study.runs("06"):
         for cell in (c for c in snacs_cells.snacs_cells(study) if c.method != "none"):
             result = snacs_cells.cell_result(study, cell)
+            before = {
+                "snacs": lambda seed: _measuring("snacs_scores", snacs_cells.scores_inputs(study, seed)),
+                "mint": lambda seed: _measuring("snacs_mint", snacs_cells.mint_inputs(study, seed)),
+                "gcnet": correlating,
+            }.get(cell.method, lambda _: 0.0)(cell.seed)
             facts = {"system": "SNACS" if cell.method == "snacs" else "peer of SNACS", "network": network,
                      "method": f"{SNACS_NAMES[cell.method]} (δ {cell.delta:g})", "sparsity": result["sparsity"],
                      "seed": cell.seed,
-                     "seconds": _seconds(snacs_cells.cell_folder(study, cell, ["cell.json"]))}  # fmt: skip
+                     "seconds": before + _seconds(snacs_cells.cell_folder(study, cell, ["cell.json"]))}  # fmt: skip
             add(facts, snacs_cells.shift_rows(study, cell), macs=result["macs"] / whole)
     if study.runs("07"):
         mine = cka_cells.own(study)
@@ -100,10 +117,12 @@ def comparison_table(study: Study) -> pd.DataFrame:
         for cell in (c for c in structured_cells.structured_cells(study) if not c.is_dense):
             result = structured_cells.cell_result(study, cell)
             name = {"tp_magnitude": "torch-pruning magnitude", "tp_taylor": "torch-pruning Taylor"}
+            before = 0.0 if cell.method in ("direct", *name) else correlating(cell.seed, study.structured_similarity)
             facts = {"system": "structured", "method": f"filters: {name.get(cell.method, cell.method)} ({cell.macs:g})",
                      "network": network, "sparsity": 1 - result["parameters"] / result["parameters_dense"],
                      "seed": cell.seed,
-                     "seconds": _seconds(structured_cells.structured_folder(study, cell, ["cell.json"]))}  # fmt: skip
+                     "seconds": before + _seconds(structured_cells.structured_folder(study, cell, ["cell.json"]))
+                     }  # fmt: skip
             left = result["macs_left"] / result["macs_dense"]
             add(facts, structured_cells.structured_shift_rows(study, cell), macs=float(left))
     return pd.DataFrame(rows, columns=COLUMNS)

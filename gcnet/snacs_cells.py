@@ -65,7 +65,7 @@ def pairs_of(
     return pairs, labels, graph
 
 
-def _scores_inputs(study: Study, seed: int) -> dict[str, Any]:
+def scores_inputs(study: Study, seed: int) -> dict[str, Any]:
     return {
         "version": VERSIONS["snacs_scores"],
         "dense": Store.key("dense", cells.dense_inputs(study, seed)),
@@ -116,7 +116,7 @@ def analysis(study: Study, seed: int) -> Analysis:
         spent = {"scores_s": scored - started, "limits_s": time.perf_counter() - scored}
         write_json(folder / "layers.json", {"layers": rows, **spent})
 
-    folder = Store().once("snacs_scores", _scores_inputs(study, seed), compute)
+    folder = Store().once("snacs_scores", scores_inputs(study, seed), compute)
     rows = read_json(folder / "layers.json")["layers"]
     scores = load_file(folder / "scores.safetensors")
     return Analysis(
@@ -128,7 +128,7 @@ def analysis(study: Study, seed: int) -> Analysis:
     )
 
 
-def _mint_inputs(study: Study, seed: int) -> dict[str, Any]:
+def mint_inputs(study: Study, seed: int) -> dict[str, Any]:
     return {
         "version": VERSIONS["snacs_mint"],
         "dense": Store.key("dense", cells.dense_inputs(study, seed)),
@@ -146,7 +146,7 @@ def mint_scores(study: Study, seed: int) -> dict[str, Tensor]:
         save_file({k: v.cpu().contiguous() for k, v in scores.items()}, folder / "scores.safetensors")
         write_json(folder / "layers.json", list(scores))
 
-    folder = Store().once("snacs_mint", _mint_inputs(study, seed), compute)
+    folder = Store().once("snacs_mint", mint_inputs(study, seed), compute)
     scores = load_file(folder / "scores.safetensors")
     return {layer: scores[layer] for layer in read_json(folder / "layers.json")}
 
@@ -237,8 +237,8 @@ def cell_masks(study: Study, cell: SnacsCell, net: nn.Sequential) -> Masks:
 def _cell_inputs(study: Study, cell: SnacsCell) -> dict[str, Any]:
     return {
         "version": VERSIONS["snacs_cell"],
-        "scores": Store.key("snacs_scores", _scores_inputs(study, cell.seed)),
-        "mint": Store.key("snacs_mint", _mint_inputs(study, cell.seed)) if cell.method == "mint" else None,
+        "scores": Store.key("snacs_scores", scores_inputs(study, cell.seed)),
+        "mint": Store.key("snacs_mint", mint_inputs(study, cell.seed)) if cell.method == "mint" else None,
         "connectivity": (
             Store.key("connectivity", cells.connectivity_inputs(study, cell.seed, "pearson"))
             if cell.method == "gcnet"
