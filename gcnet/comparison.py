@@ -22,6 +22,10 @@ PRUNER_NAMES = {"l1": "L1", "l1_layer": "L1 by layer", "lamp": "LAMP", "os_synfl
 SNACS_NAMES = {"snacs": "SNACS", "mint": "MINT", "l1_block": "L1 blocks", "l1_filter": "L1 filters",
                "gcnet": "GC-Net B25"}  # fmt: skip
 FTWT_NAMES = {"decoupled": "FTWT decoupled", "joint": "FTWT joint", "l1_filter": "L1 filters, FTWT's MACs"}
+# The plain setting of each system and its peers: what fits on one page.
+PLAIN = ("dense", "L1 direct", "L1 B25", "OS-SynFlow direct", "OS-SynFlow B25", "SNACS", "MINT", "L1 blocks",
+         "FTWT decoupled", "L1 filters, FTWT", "RST", "filters: direct", "filters: B25",
+         "filters: torch-pruning magnitude")  # fmt: skip
 # Shares of the dense network's multiply-accumulates that count as one budget (choice).
 BUDGETS = ((0.0, 0.2), (0.2, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1.01))
 
@@ -141,8 +145,14 @@ def settings(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(macs=point.macs.transform("mean"), sparsity=point.sparsity.transform("mean"))
 
 
+def plain(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of each system's plain setting (PLAIN, without partial correlation)."""
+    return rows[rows.method.str.startswith(PLAIN) & ~rows.method.str.endswith("partial")]
+
+
 def budget_table(rows: pd.DataFrame, by: str) -> pd.DataFrame:
-    """Mean ± standard deviation over seeds: budget and method down; clean, corrupted, natural, MACs, seconds across.
+    """Mean and 95 % interval over seeds: budget and method down; clean, corrupted, natural, calibration error clean and
+    corrupted, MACs, seconds across.
 
     by: "sparsity" (unstructured methods and sparse training, in steps of five points) or "macs" (everything, in the
     BUDGETS). Within a budget and family the best is bold only where the interval of its difference to the second best
@@ -161,11 +171,15 @@ def budget_table(rows: pd.DataFrame, by: str) -> pd.DataFrame:
     rows = rows.assign(method=rows.method + np.where(rows.network == rows.network.iloc[0], "", " †"))
     blocks = {}
     for family, part in rows.groupby("shift_family", sort=False):
-        blocks[family] = mean_and_spread(part, ["budget"], "method", "accuracy").stack()
+        blocks[family] = mean_and_spread(part, ["budget"], "method", "accuracy", interval=True).stack()
     means = rows[rows.shift_family == "clean"].groupby(["budget", "method"], sort=False)[["macs", "seconds"]].mean()
     table = pd.DataFrame({name: blocks[name] for name in ("clean", "corrupted", "natural") if name in blocks})
     table.index.names = ["budget", "method"]
     table = table.loc[(table.fillna("") != "").any(axis=1)].fillna("")
+    errors = rows.groupby(["shift_family", "budget", "method"], sort=False).ece.mean()
+    for family in ("clean", "corrupted"):
+        found = [100 * errors.get((family, *key), np.nan) for key in table.index]
+        table[f"ECE {family}"] = ["" if np.isnan(value) else f"{value:.1f}" for value in found]
     table["MACs left"] = [f"{100 * means.macs.get(key, np.nan):.0f} %" for key in table.index]
     table["seconds"] = [f"{means.seconds.get(key, np.nan):.0f}" for key in table.index]
     return table

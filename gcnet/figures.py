@@ -9,11 +9,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from IPython import get_ipython
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 from torch import Tensor
 
 from gcnet.evaluation import bootstrap
@@ -51,9 +53,11 @@ ALL_CORRUPTIONS = "all corruptions"  # a choice beside their names
 def style() -> None:
     """The one style of all figures: call it once in a notebook."""
     sns.set_theme(context="notebook", style="ticks", palette="colorblind", font_scale=0.85)
+    if get_ipython() is not None:
+        set_matplotlib_formats("retina")  # crisp where a screen has two pixels for one
     plt.rcParams.update(
         {
-            "figure.dpi": 110,
+            "figure.dpi": 100,
             "savefig.dpi": 200,
             "savefig.bbox": "tight",
             "figure.constrained_layout.use": True,
@@ -512,7 +516,7 @@ NEAR = 15  # points of accuracy below dense that still interest most
 
 
 def pareto(rows: pd.DataFrame, title: str) -> Figure:
-    """Accuracy under corruption against the multiply-accumulates left: one marker a setting, bars over seeds.
+    """Accuracy under corruption against the multiply-accumulates left: one marker a setting, bars are 95 % intervals.
 
     rows: of comparison.csv, through `comparison.settings`. Left all settings, right those near the dense network.
     Hollow markers: masks, whose operations are saved in theory only.
@@ -522,23 +526,27 @@ def pareto(rows: pd.DataFrame, title: str) -> Figure:
     colors = dict(zip(systems, sns.color_palette("colorblind", len(systems)), strict=True))
     markers = dict(zip(systems, ("*", "o", "s", "D", "^", "v", "P", "X", "<"), strict=False))
     fill = {system: colors[system] if system in REMOVED else "white" for system in systems}
-    means = rows.groupby(["system", "method", "level"], sort=False)[["macs", "accuracy"]].agg(["mean", "std"])
-    best = means.reset_index().sort_values(("macs", "mean"))
-    front = best[best["accuracy", "mean"] >= best["accuracy", "mean"].cummax()]
+    points = [
+        (system, part.macs.mean(), bootstrap(part.groupby("seed").accuracy.mean().to_numpy()))
+        for (system, _, _), part in rows.groupby(["system", "method", "level"], sort=False)
+    ]
+    best = pd.DataFrame([(100 * macs, 100 * found.estimate) for _, macs, found in points], columns=["macs", "accuracy"])
+    best = best.sort_values("macs")
+    front = best[best.accuracy >= best.accuracy.cummax()]
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2))
     for axis in axes:
-        for (system, _, _), point in means.iterrows():
-            y, spread = point["accuracy", "mean"], np.nan_to_num(point["accuracy", "std"])
+        for system, macs, found in points:
+            y, low, high = found.estimate, found.low, found.high
+            low, high = (max(low, 0), min(high, 1)) if found.n > 1 else (y, y)
             axis.errorbar(
-                100 * point["macs", "mean"], 100 * y, yerr=[[100 * min(y, spread)], [100 * min(1 - y, spread)]],
+                100 * macs, 100 * y, yerr=[[100 * (y - low)], [100 * (high - y)]],
                 fmt=markers[system], color=colors[system], mfc=fill[system], ms=10 if system == "dense" else 5.5, lw=1,
             )  # fmt: skip
-        x, y = 100 * front["macs", "mean"], 100 * front["accuracy", "mean"]
-        axis.step(x, y, where="post", color="0.6", lw=1, zorder=0)
+        axis.step(front.macs, front.accuracy, where="post", color="0.6", lw=1, zorder=0)
         axis.set_xlabel("MACs left, % of the dense network")
-    top, dense = 100 * means["accuracy", "mean"].max(), 100 * rows[rows.system == "dense"].accuracy.mean()
+    top, dense = best.accuracy.max(), 100 * rows[rows.system == "dense"].accuracy.mean()
     axes[1].set_ylim(dense - NEAR, top + 2)
-    axes[0].set(title=title, ylabel=f"accuracy under corruption, % (± std, {rows.seed.nunique()} seeds)")
+    axes[0].set(title=title, ylabel=f"accuracy under corruption, % (95 % interval, {rows.seed.nunique()} seeds)")
     axes[1].set_title(f"within {NEAR} points of dense")
     look = {s: {"color": colors[s], "marker": markers[s], "mfc": fill[s], "label": s} for s in systems}
     handles = [plt.Line2D([], [], lw=0, **look[s]) for s in systems]
@@ -595,7 +603,7 @@ def forest(claims: pd.DataFrame) -> Figure:
         axis.axvline(0, color="black", lw=0.8)
         axis.set(xlim=(-limit, limit), ylim=(-0.7, len(rows) - 0.3), xlabel=label)
         texts = [
-            f"{r.claim}: {r.measure.split(': ')[1]}" + (f"  ({r.sparsity:.0%})" if r.sparsity else "")
+            f"{r.claim}: {r.measure.split(': ')[-1]}" + (f"  ({r.sparsity:.0%})" if r.sparsity else "")
             for r in rows.iloc[::-1].itertuples()
         ]
         axis.set_yticks(range(len(rows)), texts, fontsize=8)

@@ -345,8 +345,7 @@ def run_estimate(study: Study, seed: int) -> str:
 
 def run_gated(study: Study, cell: GatedCell) -> str:
     gated_result(study, cell)
-    if cell.mode != "joint":
-        gated_shift_rows(study, cell)
+    gated_shift_rows(study, cell)
     return " ".join(str(value) for value in cell.row().values())
 
 
@@ -423,13 +422,12 @@ def class_shares(study: Study, cell: GatedCell) -> pd.DataFrame:
 
 
 def shift_table(study: Study) -> pd.DataFrame:
-    """ftwt_shift.csv: one row a decoupled or static network, shift and severity (0 = the clean test set)."""
+    """ftwt_shift.csv: one row a network, shift and severity (0 = the clean test set)."""
     columns = ("shift", "severity", "accuracy", "macs_reduction", "mask_accuracy", "filters_used", "filters_wanted")
     return pd.DataFrame(
         [
             {"network": study.network, **cell.row(), **{name: row[name] for name in columns}}
             for cell in gated_cells(study)
-            if cell.mode != "joint"
             for row in gated_shift_rows(study, cell)
         ]
     )

@@ -10,14 +10,11 @@ import pandas as pd
 
 from gcnet import paths
 from gcnet.claims import overall
-from gcnet.comparison import budget_table
+from gcnet.comparison import budget_table, plain
 from gcnet.reporting import to_markdown
 
 HEADLINE = "cifar10_vgg16_bn_quarter"  # the study whose verdicts stand first
 COMPARISON = "cifar10_vgg16_bn_quarter_comparison"
-# The plain setting of each system and its peers; the table of the study has all.
-SHOWN = ("L1 direct", "L1 B25", "SNACS", "MINT", "L1 blocks", "FTWT decoupled", "L1 filters, FTWT", "filters: direct",
-         "filters: B25", "filters: torch-pruning magnitude")  # fmt: skip
 
 
 def fill(text: str) -> str:
@@ -42,12 +39,12 @@ def verdicts() -> str:
 
 
 def systems() -> str:
-    """One row a budget of operations and system: the settings of SHOWN in the comparison of all systems."""
+    """One row a budget of operations and system: the plain settings of the comparison of all systems."""
     file = paths.results(COMPARISON) / "tables" / "comparison.csv"
     if not file.is_file():
         return "The systems have not been compared yet.\n"
     rows = pd.read_csv(file)
-    table = budget_table(rows[rows.method.str.startswith(SHOWN)], "macs")
+    table = budget_table(plain(rows), "macs")
     dense = rows[rows.system == "dense"].groupby("shift_family").accuracy.mean()
     whole = ", ".join(f"{100 * mean:.1f} % {family}" for family, mean in dense.items())
     return f"{to_markdown(table)}\nThe dense networks: {whole}.\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
 from torch import Tensor, nn
 
 from gcnet import paths
@@ -39,19 +43,38 @@ def _made_from(study: Study, extra: Mapping[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def subject(study: Study, name: str) -> str:
-    """The line below a figure: network, images, seeds, study. Notebook 07 trains a network of its own."""
+def subject(study: Study, name: str, seeds: Sequence[int] | None = None) -> str:
+    """The line below a figure: network, images, seeds, study. Notebook 07 trains a network of its own.
+
+    seeds: those that are drawn, None for all of the study's.
+    """
     network, width = study.network, study.width
     if name.startswith("fig07"):
         network, width = study.cka_network, study.cka_width
-    seeds = f"{len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''}"
-    return f"{network} at {width:g} of its width, {study.dataset}, {seeds} (study {study.study})"
+    drawn = study.seeds if seeds is None else seeds
+    count = f"{len(drawn)} seeds" if len(drawn) > 1 else f"seed {drawn[0]}" if len(study.seeds) > 1 else "1 seed"
+    return f"{network} at {width:g} of its width, {study.dataset}, {count} (study {study.study})"
 
 
-def save_figure(figure: Figure, study: Study, name: str, alt: str = "") -> Path:
-    """Write results/<study>/figures/<name>.svg, .png and .json (provenance; `alt` describes the picture in words)."""
+def save_figure(
+    figure: Figure,
+    study: Study,
+    name: str,
+    alt: str = "",
+    *,
+    seeds: Sequence[int] | None = None,
+    about: str | None = None,
+) -> Path:
+    """Write results/<study>/figures/<name>.svg, .png and .json (provenance; `alt` describes the picture in words).
+
+    An alt without numbers is followed by what is drawn (`drawn_in_words`). seeds: those that the figure shows, None for
+    all. about: what the line below the figure says instead, where it shows neither the study's network nor its images.
+    """
     folder = paths.results(study.study) / "figures"
-    figure.text(0.01, -0.01, subject(study, name), ha="left", va="top", fontsize=7, color="#595959")
+    line = f"{about} (study {study.study})" if about else subject(study, name, seeds)
+    if not re.search(r"\d", alt):
+        alt = f"{alt.rstrip('.')}. {drawn_in_words(figure)}".strip()
+    figure.text(0.01, -0.01, line, ha="left", va="top", fontsize=7, color="#595959")
     for suffix in ("svg", "png"):
         metadata = {"Date": None} if suffix == "svg" else {"Software": None}
         with atomic_write(folder / f"{name}.{suffix}") as temporary:
@@ -98,6 +121,41 @@ def in_words(frame: pd.DataFrame) -> str:
     return "; ".join(lines)
 
 
+def drawn_in_words(figure: Figure, most: int = 900) -> str:
+    """The panels of a figure as text: titles, axes, and from where to where each labelled series runs."""
+    panels = []
+    for axis in (a for a in figure.axes if a.get_visible()):
+        head = axis.get_title(loc="left") or axis.get_title() or axis.get_ylabel()
+        axes = " against ".join(label for label in (axis.get_ylabel(), axis.get_xlabel()) if label)
+        series = map(_range_in_words, [*axis.lines, *axis.containers, *axis.images])
+        values = ", ".join(dict.fromkeys(filter(None, series)))
+        text = ": ".join(" ".join(part.split()) for part in (head, axes, values) if part)
+        if text and text not in panels:
+            panels.append(text)
+    words = "; ".join(panels)
+    return words if len(words) <= most else words[:most].rsplit(" ", 1)[0] + " ..."
+
+
+def _range_in_words(artist: Any) -> str:
+    """'SNACS 54.2 to 81' of a labelled line, bars or error bars, '0.1 to 0.9' of an image; '' of anything else."""
+    label = str(artist.get_label())
+    if isinstance(artist, AxesImage):
+        values, label = np.asarray(artist.get_array()), "values"
+    elif isinstance(artist, BarContainer):
+        values = np.array([patch.get_height() for patch in artist.patches])
+    elif isinstance(artist, ErrorbarContainer):
+        values = np.asarray(artist.lines[0].get_ydata(), dtype=float)
+    elif isinstance(artist, Line2D) and len(artist.get_xdata()) > 1:
+        values = np.asarray(artist.get_ydata(), dtype=float)
+    else:
+        return ""
+    values = values[np.isfinite(values)]
+    if label.startswith("_") or not values.size:
+        return ""
+    low, high = _text(float(values.min())), _text(float(values.max()))
+    return f"{label} {low}" if low == high else f"{label} {low} to {high}"
+
+
 def to_markdown(frame: pd.DataFrame) -> str:
     """A GitHub table; numbers to four digits."""
     flat = _flat(frame)
@@ -130,13 +188,15 @@ def to_latex(frame: pd.DataFrame) -> str:
 
 
 def mean_and_spread(
-    frame: pd.DataFrame, rows: Sequence[str], columns: str, value: str, *, bold: bool = True
+    frame: pd.DataFrame, rows: Sequence[str], columns: str, value: str, *, bold: bool = True, interval: bool = False
 ) -> pd.DataFrame:
     """Percent, mean ± standard deviation over seeds, `rows` down and `columns` across.
 
-    frame: averaged over everything that is neither a row, a column nor `seed`. The best of a row is bold (unless
-    bold=False) only where 0 lies outside the 95 % interval of its paired difference to the second best.
+    frame: averaged over everything that is neither a row, a column nor `seed`. interval: mean and 95 % interval over
+    seeds instead ("85.6 [85.1, 86.0]", within 0 and 100). The best of a row is bold (unless bold=False) only where 0
+    lies outside the 95 % interval of its paired difference to the second best.
     """
+    in_text = _mean_interval if interval else _mean_pm
     order = list(dict.fromkeys(frame[columns]))
     if isinstance(frame[columns].dtype, pd.CategoricalDtype):
         order = [c for c in frame[columns].cat.categories if c in set(frame[columns])]
@@ -144,7 +204,7 @@ def mean_and_spread(
     lines = {}
     for key, part in seeds.groupby(list(rows), sort=False, observed=True):
         part = part.droplevel(list(range(len(rows)))).reindex(order)
-        text = {c: _mean_pm(part.loc[c].dropna().to_numpy()) for c in order}
+        text = {c: in_text(part.loc[c].dropna().to_numpy()) for c in order}
         ranked = part.mean(axis=1).sort_values(ascending=False).index
         if bold and len(ranked) > 1 and part.shape[1] > 1:
             gap = (part.loc[ranked[0]] - part.loc[ranked[1]]).dropna().to_numpy()
@@ -161,6 +221,14 @@ def _mean_pm(values: np.ndarray) -> str:
         return ""
     mean = f"{100 * values.mean():.1f}"
     return mean if len(values) == 1 else f"{mean} ± {100 * values.std(ddof=1):.1f}"
+
+
+def _mean_interval(values: np.ndarray) -> str:
+    if not len(values):
+        return ""
+    found = bootstrap(values)
+    mean = f"{100 * found.estimate:.1f}"
+    return mean if found.n < 2 else f"{mean} [{100 * max(found.low, 0):.1f}, {100 * min(found.high, 1):.1f}]"
 
 
 # --- the study's tables ---------------------------------------------------------------------------------------------

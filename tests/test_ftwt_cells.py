@@ -57,7 +57,7 @@ def test_everything_is_there_after_the_stages(monkeypatch: pytest.MonkeyPatch) -
     ]  # fmt: skip
     estimates, shifts = ftwt.estimate_table(STUDY, accuracies), ftwt.shift_table(STUDY)
     assert list(estimates)[:4] == ["network", "r", "estimated", "measured"] and len(estimates) == 2
-    assert len(shifts) == 2 * 2 and ftwt.unstructured_table(STUDY).empty
+    assert len(shifts) == 3 * 2 and ftwt.unstructured_table(STUDY).empty
     assert list(ftwt.latency_table(STUDY))[:7] == [
         "network", "r", "batch", "threads", "dense_ms", "dynamic_ms", "ratio",
     ]  # fmt: skip
