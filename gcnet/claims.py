@@ -120,12 +120,28 @@ def overall(claims: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["claim", "statement", "supported", "contradicted", "inconclusive", "verdict"])
 
 
-def every_verdict(folder: Path, left_out: Collection[str] = ()) -> pd.DataFrame:
-    """`overall` of every table of claims below results/<study>/, GC-Net's first; left_out: such as "tables/claims"."""
+def every_verdict(folder: Path, left_out: Collection[str] = (), *, untested: bool = False) -> pd.DataFrame:
+    """`overall` of every table of claims below results/<study>/, GC-Net's first; left_out: such as "tables/claims".
+
+    untested: the claims of claims.yaml that this study does not test stand at the end, with the verdicts of the studies
+    beside it that do ("smoke", which tests nothing in earnest, not among them).
+    """
     files = sorted(folder.glob("tables/*claims.csv"), key=lambda path: (path.stem != "claims", path.stem))
     tables = [pd.read_csv(path) for path in files if f"tables/{path.stem}" not in left_out]
     found = [overall(table) for table in tables if len(table)]
-    return pd.concat(found, ignore_index=True) if found else overall(pd.DataFrame(columns=COLUMNS))
+    verdicts = pd.concat(found, ignore_index=True) if found else overall(pd.DataFrame(columns=COLUMNS))
+    if not untested:
+        return verdicts
+    beside = [other for other in sorted(folder.parent.glob("*/")) if other.name not in (folder.name, "smoke")]
+    elsewhere = {other.name: every_verdict(other).set_index("claim").verdict for other in beside}
+    rows = []
+    for claim in load_claims():
+        if claim["id"] not in set(verdicts.claim):
+            others = [f"{study}: {known[claim['id']]}" for study, known in elsewhere.items() if claim["id"] in known]
+            words = "; ".join(["not tested here", *others])
+            rows.append({"claim": claim["id"], "statement": claim["statement"], "supported": 0, "contradicted": 0,
+                         "inconclusive": 0, "verdict": words})  # fmt: skip
+    return pd.concat([verdicts, pd.DataFrame(rows, columns=verdicts.columns)], ignore_index=True)
 
 
 # --- one comparison -------------------------------------------------------------------------------------------------

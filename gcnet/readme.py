@@ -9,11 +9,10 @@ from pathlib import Path
 import pandas as pd
 
 from gcnet import paths
-from gcnet.claims import overall
+from gcnet.claims import every_verdict, load_claims
 from gcnet.comparison import budget_table, plain
 from gcnet.reporting import to_markdown
 
-HEADLINE = "cifar10_vgg16_bn_quarter"  # the study whose verdicts stand first
 COMPARISON = "cifar10_vgg16_bn_quarter_comparison"
 
 
@@ -30,12 +29,26 @@ def fill(text: str) -> str:
 
 
 def verdicts() -> str:
-    """One row a claim of the headline study."""
-    claims = overall(pd.read_csv(paths.results(HEADLINE) / "tables" / "claims.csv"))
-    comparisons = claims[["supported", "contradicted", "inconclusive"]]
-    counted = ["/".join(map(str, row)) for row in comparisons.itertuples(index=False)]
-    table = pd.DataFrame({"claim": claims.statement, "verdict": "**" + claims.verdict + "**"})
-    return to_markdown(table.assign(**{"comparisons supported / contradicted / inconclusive": counted}))
+    """One row a claim: its verdict in each study that tests it; studies on digits only where there is no other."""
+    found = {
+        folder.name: every_verdict(folder).set_index("claim")
+        for folder in sorted(paths.results("").glob("*/"))
+        if folder.name not in ("smoke", COMPARISON)  # the comparison repeats the claims of the studies it gathers
+    }
+    rows = []
+    for claim in load_claims():
+        tested = {study: known.loc[claim["id"]] for study, known in found.items() if claim["id"] in known.index}
+        if len(tested) > 1:
+            tested.pop("digits", None)
+        for study, row in tested.items():
+            counted = f"{row.supported}/{row.contradicted}/{row.inconclusive}"
+            rows.append({"claim": row.statement, "study": f"`{study}`", "verdict": f"**{row.verdict}**",
+                         "comparisons supported / contradicted / inconclusive": counted})  # fmt: skip
+        if not tested:
+            rows.append({"claim": claim["statement"], "study": "", "verdict": "not tested yet",
+                         "comparisons supported / contradicted / inconclusive": ""})  # fmt: skip
+    table = pd.DataFrame(rows)
+    return to_markdown(table.assign(claim=table.claim.mask(table.claim.duplicated(), "")))
 
 
 def systems() -> str:

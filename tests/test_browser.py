@@ -232,7 +232,7 @@ def test_the_report_prints(browser: Any, page: Path) -> None:
 
 def test_an_executed_notebook_opens_from_the_report(browser: Any, page: Path) -> None:
     browser.get(page.as_uri())
-    browser.find_element("link text", "The executed notebook").click()
+    browser.find_element("link text", "as a page").click()
     assert "notebooks/0" in wait("the notebook's page", lambda: browser.current_url)
     browser.get_log("browser")
     browser.refresh()

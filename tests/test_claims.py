@@ -147,3 +147,16 @@ def test_every_system_is_judged_alike() -> None:
     assert found.statement["alone"].startswith("Dynamic masks") and found.sparsity["barely"] == 0.8
     with pytest.raises(KeyError, match="snacs-9"):
         judged([Comparison("snacs-9", "", clear)])
+
+
+def test_claims_that_a_study_does_not_test_name_those_that_do(tmp_path: Path) -> None:
+    rows = {"one": [("gcnet-1", "supported")], "two": [("gcnet-1", "contradicted"), ("ftwt-1", "supported")]}
+    for study, verdicts in rows.items():
+        (tmp_path / study / "tables").mkdir(parents=True)
+        facts = [dict.fromkeys(claims.COLUMNS) | {"claim": c, "statement": c, "verdict": v} for c, v in verdicts]
+        pd.DataFrame(facts).to_csv(tmp_path / study / "tables" / "claims.csv", index=False)
+    assert claims.every_verdict(tmp_path / "one").verdict.tolist() == ["supported"]
+    found = claims.every_verdict(tmp_path / "one", untested=True).set_index("claim").verdict
+    assert list(found.index) == [claim["id"] for claim in claims.load_claims()]
+    assert found["gcnet-1"] == "supported" and found["ftwt-1"] == "not tested here; two: supported"
+    assert found["snacs-1"] == "not tested here"

@@ -10,6 +10,8 @@ import pandas as pd
 import pytest
 
 from gcnet import paths, readme
+from gcnet.claims import COLUMNS as COLUMNS_OF_CLAIMS
+from gcnet.claims import load_claims
 from gcnet.comparison import COLUMNS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,3 +123,18 @@ def test_the_systems_stand_with_their_plain_settings(tmp_path: Path, monkeypatch
     assert row in text
     assert "SNACS (δ 0.7)" in text and "L1 Full" not in text
     assert text.endswith("The dense networks: 90.0 % clean, 80.0 % corrupted.\n")
+
+
+def test_every_claim_has_a_row_and_digits_only_where_nothing_else_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GCNET_RESULTS", str(tmp_path))
+    tested = {"digits": ["gcnet-1", "ftwt-1"], "real": ["gcnet-1"], "smoke": ["gcnet-2"]}
+    for study, names in tested.items():
+        (tmp_path / study / "tables").mkdir(parents=True)
+        facts = [dict.fromkeys(COLUMNS_OF_CLAIMS) | {"claim": c, "statement": c, "verdict": "supported"} for c in names]
+        pd.DataFrame(facts).to_csv(tmp_path / study / "tables" / "claims.csv", index=False)
+    text = readme.verdicts()
+    assert "| gcnet-1 | `real` | **supported** | 1/0/0 |" in text and "| ftwt-1 | `digits` |" in text
+    assert text.count("`digits`") == 1 and "smoke" not in text
+    assert text.count("not tested yet") == len(load_claims()) - 2

@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from gcnet import report
+from gcnet import report, reporting
 from gcnet.__main__ import main
-from gcnet.reporting import in_words, save_figure, save_table, to_markdown
+from gcnet.reporting import in_words, save_figure, save_table, subject, to_markdown
 from gcnet.study import Study
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,3 +201,28 @@ def test_a_bar_in_a_head_or_cell_breaks_no_table(tmp_path: Path) -> None:
     (tmp_path / "a.md").write_text(to_markdown(pd.DataFrame({"direct, |weight|": ["x|y"], "b": ["1"]})))
     table = report._table(tmp_path / "a.md")
     assert (table.head, table.rows) == (["direct, |weight|", "b"], [["x|y", "1"]])
+
+
+def test_the_line_below_a_figure_says_which_seeds_it_shows() -> None:
+    study = Study.create(study="small", seeds=[3, 4], width=0.5)
+    assert subject(study, "fig06_x") == "vgg16_bn at 0.5 of its width, digits, 2 seeds (study small)"
+    assert "digits, seed 3 (study small)" in subject(study, "fig06_x", [3])
+
+
+def test_an_alt_text_without_numbers_is_followed_by_what_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GCNET_RESULTS", str(tmp_path))
+    monkeypatch.setattr(reporting, "_made_from", lambda study, extra: extra)
+    figure, axes = plt.subplots(1, 2)
+    axes[0].plot([1, 2], [10.0, 30.0], label="ours")
+    axes[0].errorbar([1, 2], [5.0, 5.0], yerr=[1, 1], label="peer")
+    axes[0].set(title="clean", xlabel="removed, %", ylabel="accuracy, %")
+    axes[1].imshow([[0.25, 0.5]])
+    axes[1].set_title("map")
+    study = Study.create(study="small")
+    save_figure(figure, study, "fig06_x", alt="Accuracy.", about="random numbers")
+    words = json.loads((tmp_path / "small" / "figures" / "fig06_x.json").read_text())["alt"]
+    assert words == ("Accuracy. clean: accuracy, % against removed, %: ours 10 to 30, peer 5; map: values 0.25 to 0.5")
+    assert figure.texts[-1].get_text() == "random numbers (study small)"
+    plt.close(figure)
