@@ -19,9 +19,11 @@ from gcnet.training import Normalize, Recipe, train
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 
-# Shares of filters per layer that CIFAR-10 images want of VGG16-BN (quarter width) at r = 0.8: about 60 % fewer MACs.
+SAVING = 0.6  # share of the MACs that is skipped, for which there is a target
+MORE = 0.75
+# Shares of filters per layer that CIFAR-10 images want of VGG16-BN (quarter width) at r = 0.8; scaled to the saving.
 PROFILE = (0.5, 0.68, 0.69, 0.69, 0.66, 0.65, 0.61, 0.52, 0.53, 0.58, 0.53, 0.53, 0.27)
-EVEN = (0.63,) * 13  # the same share everywhere at the same saving: more weights to move in the wide layers
+EVEN = (0.63,) * 13  # the same share everywhere: more weights to move in the wide layers
 
 
 def training_step(quick: bool) -> dict[str, Any]:
@@ -67,16 +69,29 @@ def with_shares(gated: Gated, shares: tuple[float, ...], spread: float = 0.05) -
     return gated
 
 
-def skipping(size: int, shares: tuple[float, ...], name: str, quick: bool) -> dict[str, Any]:
+def with_saving(gated: Gated, shares: tuple[float, ...], images: Tensor, saving: float) -> float:
+    """Scale the shares until so much of the MACs is skipped; returns the saving, within a point of it."""
+    low, high, saved = 0.3, 2.0, 0.0
+    for _ in range(12):
+        factor = (low + high) / 2
+        with_shares(gated, tuple(min(1.0, factor * share) for share in shares))
+        saved = measure(gated, [(images, torch.empty(0))]).reduction
+        low, high = (factor, high) if saved > saving else (low, factor)
+    if abs(saved - saving) > 0.01:
+        raise AssertionError(f"{saved:.1%} of the MACs are saved instead of {saving:.0%}")
+    return saved
+
+
+def skipping(size: int, shares: tuple[float, ...], name: str, quick: bool, saving: float = SAVING) -> dict[str, Any]:
     model = networks.build("vgg16_bn", 10, width=0.25 if quick else 1.0, seed=0).eval()
     images = torch.randn(3 if quick else 25, 3, size, size, generator=torch.Generator().manual_seed(1))
-    gated = with_shares(gate(model, images[:1]).eval(), shares)
+    gated = gate(model, images[:1]).eval()
+    saved = with_saving(gated, shares, images, saving)
     dynamic = DynamicInference(gated)
     with torch.no_grad():
         error = (dynamic(images[:3]) - gated(images[:3])).abs().max().item()
     if error > 1e-5:
         raise AssertionError(f"dynamic and masked outputs differ by {error}")
-    saved = measure(gated, [(images, torch.empty(0))]).reduction
     spent = time_ms({**dense_layouts(model, images[:1]), "dynamic": dynamic}, list(images.split(1)))
     ours = spent.pop("dynamic")
     layout = min(spent, key=lambda key: spent[key])
@@ -86,7 +101,7 @@ def skipping(size: int, shares: tuple[float, ...], name: str, quick: bool) -> di
         "peer": f"dense, {layout}, BatchNorm folded",
         "peer_s": spent[layout] / 1000,
         "ratio": spent[layout] / ours,
-        "target": "at least 1.3",
+        "target": "at least 1.3" if saving == SAVING else "",
     }
 
 
@@ -147,6 +162,7 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
         for size in (32, 64):
             rows.append(skipping(size, PROFILE, "shares of a trained network", quick))
             rows.append(skipping(size, EVEN, "the same share in every layer", quick))
+            rows.append(skipping(size, PROFILE, "shares of a trained network", quick, MORE))
         for inputs, outputs, size in ((64, 64, 32), (256, 256, 8), (512, 512, 2)):
             rows += gathering(inputs, outputs, size, 0.6, quick)
     finally:
