@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -17,12 +18,15 @@ from gcnet.figures import layer_maps, panels, whole_numbers
 from gcnet.published import published
 from gcnet.snacs import GRID
 from gcnet.snacs_cells import (
+    LATENCY_BATCHES,
     TRUTH_PARENTS,
     analysis,
     cell_result,
+    removal_cells,
     shift_rows,
     snacs_cells,
     speed_rows,
+    structure_latency_rows,
     truth_rows,
 )
 from gcnet.study import Study
@@ -46,6 +50,9 @@ ESTIMATORS = {
 }
 
 PUBLISHED_SPEED = {16: 24, 32: 32, 64: 17, 128: 18, 256: 27}  # times faster than the spanning tree, N = 2,000
+
+STRUCTURE = ["method", "delta", "seed", "filters", "dead_filters", "parameters", "parameters_dense", "macs",
+             "macs_dense", "difference", "cut", "batch", "threads", "ms", "ms_dense"]  # fmt: skip
 
 # --- tables ---------------------------------------------------------------------------------------------------------
 
@@ -82,13 +89,26 @@ def accuracy_table(study: Study) -> pd.DataFrame:
 
 
 def structure_table(study: Study) -> pd.DataFrame:
-    """snacs_structure.csv: what physical removal leaves of each structured method's network, and its latency."""
+    """snacs_structure.csv: what physical removal leaves of each structured method's network, and its latency.
+
+    One row a cell and batch size; threads, ms and ms_dense (medians, in turn) are those of the first seed, empty for
+    the others and where the store has no network to time. cut: why nothing is left to run.
+    """
+    timed = {
+        (row["method"], row["delta"], row["seed"], row["batch_size"]): row for row in structure_latency_rows(study)
+    }
     rows = []
-    for cell in snacs_cells(study):
-        facts = cell_result(study, cell)["structure"]
-        if cell.method not in ("none", "gcnet"):
-            rows.append({"method": cell.method, "delta": cell.delta, "seed": cell.seed, **facts})
-    return pd.DataFrame(rows)
+    for cell in removal_cells(study):
+        facts = {**asdict(cell), **cell_result(study, cell)["structure"]}
+        for batch in LATENCY_BATCHES:
+            found = timed.get((cell.method, cell.delta, cell.seed, batch))
+            times = dict.fromkeys(("threads", "ms", "ms_dense"))
+            if found:
+                dense = timed["none", 0.0, cell.seed, batch]
+                times = {"threads": found["threads"], "ms": 1000 * found["median_s"],
+                         "ms_dense": 1000 * dense["median_s"]}  # fmt: skip
+            rows.append({**facts, "batch": batch, **times})
+    return pd.DataFrame(rows, columns=STRUCTURE).astype(dict.fromkeys(("threads", "ms", "ms_dense"), float))
 
 
 def shift_table(study: Study) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from gcnet.snacs_cells import (
     weight_masks,
 )
 from gcnet.snacs_figures import (
+    STRUCTURE,
     accuracy_table,
     claims_table,
     layer_table,
@@ -37,7 +39,7 @@ from gcnet.snacs_figures import (
     structure_table,
     truth_table,
 )
-from gcnet.store import Store
+from gcnet.store import Store, read_json, sha256_file, write_json
 from gcnet.study import Study
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(images are fewer|parent filters)")
@@ -60,6 +62,7 @@ def computed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for _, tasks in stages.stages(STUDY):
             for run, *arguments in tasks:
                 assert isinstance(run(*arguments), str)
+        stages.structure_latency_rows(STUDY)
     return root
 
 
@@ -138,6 +141,40 @@ def test_tables() -> None:
     assert set(truth_table(STUDY).estimator) == {"residual", "residual, all hashed", "projection"}
     published = published_table(STUDY, accuracy)
     assert {"released plot data of arXiv 2006.12463", "this study, 1 seeds"} <= set(published.source)
+
+
+@pytest.mark.usefixtures("store")
+def test_latency_is_of_the_first_seed_without_dead_filters() -> None:
+    table, rows = structure_table(STUDY), stages.structure_latency_rows(STUDY)
+    assert list(table.columns) == STRUCTURE and table.groupby(["method", "delta", "seed"]).size().eq(2).all()
+    left = table[table.cut.isna()]
+    assert len(left) and (left.threads == torch.get_num_threads()).all()
+    assert [row["network"] for row in rows[: len(rows) // 2]] == ["dense", *(f"{m} 0.6" for m in left.method.unique())]
+    for batch, part in left.groupby("batch"):
+        timed = {row["method"]: 1000 * row["median_s"] for row in rows if row["batch_size"] == batch}
+        assert list(part.ms) == [timed[method] for method in part.method] and set(part.ms_dense) == {timed["none"]}
+    more = STUDY.model_copy(update={"seeds": (7, 0)})
+    assert not stages.latency_cells(more)  # the first seed has no networks
+
+
+@pytest.mark.parametrize("gone", ["model.safetensors", "masks.safetensors"])
+def test_latency_is_left_out_where_the_networks_are(
+    gone: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(store, tmp_path / "unpacked")
+    monkeypatch.setenv("GCNET_RUNS", str(tmp_path / "unpacked"))
+    before = structure_table(STUDY)
+    for folder in (tmp_path / "unpacked").glob("snacs_cell-*"):
+        entry = read_json(folder / "entry.json")
+        facts = read_json(folder / "cell.json")
+        facts["structure"] |= {"ms": 3.0, "ms_dense": 4.0}  # as cells had them that were timed when they were computed
+        write_json(folder / "cell.json", facts)
+        entry["files"]["cell.json"] = sha256_file(folder / "cell.json")
+        write_json(folder / "entry.json", entry | {"without": [gone]})
+        (folder / gone).unlink()
+    table, times = structure_table(STUDY), ["threads", "ms", "ms_dense"]
+    assert table[times].isna().all(axis=None)
+    pd.testing.assert_frame_equal(table.drop(columns=times), before.drop(columns=times))
 
 
 @pytest.mark.usefixtures("store")
