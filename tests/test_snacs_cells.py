@@ -28,10 +28,12 @@ from gcnet.snacs_cells import (
     weight_masks,
 )
 from gcnet.snacs_figures import (
+    PUBLISHED_SPEED,
     STRUCTURE,
     accuracy_table,
     claims_table,
     layer_table,
+    never_within,
     published_table,
     reached,
     shift_table,
@@ -186,10 +188,30 @@ def test_claims_follow_from_the_tables() -> None:
     assert by.loc["share of layers whose limit follows from the rule alone", "verdict"] == "supported"
     difference = cell_result(STUDY, PRUNED[0])["accuracy"] - cell_result(STUDY, SnacsCell("gcnet", 0.6, 0))["accuracy"]
     assert by.loc["clean accuracy, difference: snacs - gcnet", "estimate"] == pytest.approx(difference)
-    fast = claims[claims.claim == "snacs-1"]
-    assert len(fast) == 2 and set(fast.estimate) == set(speed[speed.estimator != "hash (ours)"].ratio)
-    slow = claims_table(STUDY, accuracy, shifts, speed.assign(ratio=16.9))
-    assert set(slow[slow.claim == "snacs-1"].verdict) == {"contradicted"}
+    assert "snacs-1" not in set(claims.claim)  # 4 groups are none of the published ones
+    every = pd.concat([speed.assign(groups=groups, samples=2000, ratio=17.1) for groups in PUBLISHED_SPEED])
+    for timed, verdicts in (
+        (every, {"supported"}),
+        (every.assign(ratio=16.9), {"contradicted"}),
+        (every[every.groups != 64], set()),
+        (every.assign(samples=1000), set()),
+    ):
+        fast = claims_table(STUDY, accuracy, shifts, timed)
+        fast = fast[fast.claim == "snacs-1"]
+        assert set(fast.verdict) == verdicts and len(fast) == (2 * len(PUBLISHED_SPEED) if verdicts else 0)
+
+
+@pytest.mark.usefixtures("store")
+def test_methods_that_never_stay_within_a_point_are_not_compared() -> None:
+    accuracy, shifts, speed = accuracy_table(STUDY), shift_table(STUDY), speed_table(STUDY)
+    for fine in (set(), {"mint"}, {"snacs"}):
+        kept = accuracy.assign(accuracy=accuracy.method.isin({"none", *fine}).astype(float), val_accuracy=None)
+        peers = [method for method in STUDY.snacs_methods if method != "snacs"]
+        assert never_within(kept) == [method for method in STUDY.snacs_methods if method not in fine]
+        claims = claims_table(STUDY, kept, shifts, speed)
+        compared = {measure.split()[-1] for measure in claims[claims.claim == "snacs-3"].measure}
+        assert compared == (set(peers) if "snacs" in fine else fine)
+        assert (claims.claim == "snacs-4").sum() == 2 * len(peers)
 
 
 def test_sparsity_reached_at_less_than_one_point() -> None:
@@ -199,6 +221,7 @@ def test_sparsity_reached_at_less_than_one_point() -> None:
         columns=["method", "seed", "sparsity", "val_accuracy"],
     ).assign(accuracy=0.0)  # fmt: skip
     assert reached(frame, "snacs").to_dict() == {0: 0.7, 1: 0.0}
+    assert not never_within(frame) and never_within(frame.query("seed == 1")) == ["snacs"]
 
 
 def test_peers_are_matched_by_bisection() -> None:
