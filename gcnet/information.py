@@ -23,6 +23,7 @@ LINEAR = ("closed", "hashed")
 BUCKETS = 16  # of one coordinate at most; what lies further out shares the outermost ones
 LEAST = 1e-6  # nats; below it connections are ranked by their weight alone
 _FLOOR = 1e-6  # share of a unit variance that counts as unexplained where a regression explains everything
+_PAIR = 10  # matrices of distances that one spanning tree needs at most, with its working copies
 _THRESHOLD = 3.0  # standard deviations under independence that the hashed remainder must exceed to count
 
 Groups = int | tuple[int, int]
@@ -62,8 +63,8 @@ def acmi(
     The hash of a coordinate is floor((x + b) / eps); eps = each of `scales` times the mean distance to about the k-th
     neighbour (k = neighbours) on at most 500 images; each scale has its own shift b; the median over scales is taken.
     Terms of the sum are clipped at `upper`. What independence gives with the same bucket counts is subtracted.
-    ridge: share of a unit variance. chunk: pairs x images held at once. The base estimator is EDGE's
-    (arXiv 1801.09125), of which SNACS's is a conditional form that was not published.
+    ridge: share of a unit variance. chunk: pairs x images held at once (projection: counts of triples). The base
+    estimator is EDGE's (arXiv 1801.09125), of which SNACS's is a conditional form that was not published.
 
     A constant filter has no information (0). Warns when there are fewer images than buckets or hardly more images
     than parents. Raises ValueError for other shapes, NaN, fewer than 8 images, groups that do not divide.
@@ -80,7 +81,7 @@ def acmi(
     x, y = x.view(len(x), parent_groups, -1), y.view(len(y), child_groups, -1)
     hashing = _Hash(tuple(scales), neighbours, upper)
     if conditioning == "projection":
-        information = _projected(x, y, hashing, seed)
+        information = _projected(x, y, hashing, seed, chunk)
     else:
         information = _residual(x, y, hashing, linear, ridge, chunk)
     hashing.warn(len(x))
@@ -308,7 +309,7 @@ def _leading(matrix: Tensor) -> tuple[Tensor, Tensor]:
 # --- conditioning by random projection ------------------------------------------------------------------------------
 
 
-def _projected(x: Tensor, y: Tensor, hashing: _Hash, seed: int) -> Tensor:
+def _projected(x: Tensor, y: Tensor, hashing: _Hash, seed: int, chunk: int) -> Tensor:
     """Information of blocks from counts of triples of buckets (child, parent, all other parents)."""
     n, groups, width = x.shape
     generator = torch.Generator().manual_seed(seed)
@@ -331,11 +332,17 @@ def _projected(x: Tensor, y: Tensor, hashing: _Hash, seed: int) -> Tensor:
         others = others / others.std(0).clamp_min(1e-12)
         z = ((others + shift > 0).long() * powers).sum(1)
         z = torch.unique(z, return_inverse=True)[1]
-        hashing.condition = min(hashing.condition, n / (int(z.max()) + 1))
+        buckets = int(z.max()) + 1
+        hashing.condition = min(hashing.condition, n / buckets)
+        step = max(1, chunk // max(n, BUCKETS**2 * buckets))
         members = []
         for i, j in zip(by_y, by_x, strict=True):
             mixed = _within(z, generator)
-            members.append(_triples(i, j[g], z, hashing.upper) - _triples(i, j[g][mixed], z, hashing.upper))
+            parts = [
+                _triples(part, j[g], z, hashing.upper) - _triples(part, j[g][mixed], z, hashing.upper)
+                for part in i.split(step)
+            ]
+            members.append(torch.cat(parts))
         found[:, g] = torch.stack(members).median(0).values
     dead = (_alive(y) == 0)[:, None] | (_alive(x) == 0)[None, :]
     return torch.where(dead, 0.0, found)
@@ -375,15 +382,18 @@ def mint_gmi(
     *,
     seed: int = 0,
     only: int | None = None,
+    memory: int = 2**30,
 ) -> Tensor:
     """MINT's geometric conditional mutual information of every pair of blocks, by minimum spanning trees.
 
     Arguments and shape of the result as in `acmi`; values in about [0, 1]. The images are cut in thirds, at random
     from the seed: those of the first take their parent block from the nearest neighbour, in the other parents, among
     the second; the third keeps its own. With R edges of the spanning tree over both that join one to the other,
-    I = 1 - R / (N / 3). Distances are computed for all blocks at once, those given the other parents as the distances
-    in all parents less those in the block; the trees are scipy's, one a pair. only: the first so many parent blocks
-    alone (the others still condition). Source: MINT, arXiv 2003.08472.
+    I = 1 - R / (N / 3). Pairs share distances: a child block's serve all parents, and those given the other parents are
+    the distances in all parents less those in the block. The trees are scipy's, one a pair. only: the first so many
+    parent blocks alone (the others still condition). memory: bytes of distances held at once, which say for how many
+    child blocks they are kept; one pair needs about 10 matrices of (2/3 N)^2 float64 whatever it says. Source: MINT,
+    arXiv 2003.08472.
     """
     x, y, (child_groups, parent_groups) = _checked(parent, child, groups)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).numpy()
@@ -394,17 +404,20 @@ def mint_gmi(
     both = np.r_[first, last]
     all_near = _squared(x[first].reshape(third, -1), x[second].reshape(third, -1))
     all_both = _squared(x[both].reshape(2 * third, -1), x[both].reshape(2 * third, -1))
-    child_both = [_squared(y[both, c], y[both, c]) for c in range(child_groups)]
     wanted = parent_groups if only is None else only
+    given = parent_groups > 1  # without other parents there is nothing to be near in
     found = np.empty((child_groups, wanted))
-    for g in range(wanted):
-        # Without other parents there is nothing to be near in.
-        given = parent_groups > 1
-        nearest = (all_near - _squared(x[first, g], x[second, g])).argmin(1) if given else np.arange(third)
-        block = np.concatenate([x[second, g][nearest], x[last, g]])
-        distance = all_both - _squared(x[both, g], x[both, g]) + _squared(block, block)
-        for c in range(child_groups):
-            found[c, g] = 1 - _joining(distance + child_both[c], third) / third
+    step = max(1, memory // all_both.nbytes - _PAIR)
+    for start in range(0, child_groups, step):
+        children = range(start, min(start + step, child_groups))
+        child_both = [_squared(y[both, c], y[both, c]) for c in children]
+        for g in range(wanted):
+            nearest = (all_near - _squared(x[first, g], x[second, g])).argmin(1) if given else np.arange(third)
+            block = np.concatenate([x[second, g][nearest], x[last, g]])
+            distance = all_both - _squared(x[both, g], x[both, g]) + _squared(block, block)
+            for k, c in enumerate(children):
+                found[c, g] = 1 - _joining(distance + child_both[k], third) / third
+        child_both.clear()  # before the next ones are computed
     result = torch.from_numpy(found)
     return result if phi is None else phi.to(result) * result.clamp_min(LEAST)
 

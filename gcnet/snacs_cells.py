@@ -37,9 +37,11 @@ from gcnet.store import Store, read_json, write_json
 from gcnet.study import Study
 from gcnet.training import train
 
-VERSIONS = {"snacs_scores": 1, "snacs_mint": 1, "snacs_cell": 1, "snacs_shift": 1, "snacs_truth": 1, "snacs_speed": 1}
+VERSIONS = {"snacs_scores": 1, "snacs_mint": 1, "snacs_cell": 1, "snacs_shift": 1, "snacs_truth": 1, "snacs_speed": 1,
+            "snacs_latency": 1}  # fmt: skip
 ESTIMATOR = ("snacs_conditioning", "snacs_linear", "snacs_scales")
 PRUNER, HYBRID = "os_synflow", "B25"  # GC-Net's side of the comparison
+LATENCY_BATCHES = (1, 64)
 TIMED_PAIRS = 4  # trees that are timed for each group count; the rest cost the same
 
 
@@ -307,15 +309,57 @@ def structure(study: Study, net: nn.Sequential, masks: Masks) -> dict[str, Any]:
     except ValueError as error:  # cut through: nothing is left to run
         return {**facts, "cut": str(error)}
     x = net[0](cells.splits(study).test.images[:100].to(example.device))
-    dense, removed = latency({"dense": model, "smaller": smaller}, example, batch_sizes=(50,), repeats=7)
     return {
         **facts,
         "parameters": parameters(smaller),
         "macs": macs(smaller, example),
-        "ms_dense": 1000 * dense["median_s"],
-        "ms": 1000 * removed["median_s"],
         "difference": (model(x) - smaller(x)).abs().max().item(),
     }
+
+
+def removal_cells(study: Study) -> list[SnacsCell]:
+    """The cells whose masks take whole filters or blocks: what removal can make smaller."""
+    return [cell for cell in snacs_cells(study) if cell.method not in ("none", "gcnet")]
+
+
+def latency_cells(study: Study) -> list[SnacsCell]:
+    """The first seed's structured cells whose networks the store holds (an unpacked one has only their facts)."""
+    needs = ["cell.json", "masks.safetensors", "model.safetensors"]
+    return [
+        cell
+        for cell in removal_cells(study)
+        if cell.seed == study.seeds[0]
+        and Store().find("snacs_cell", _cell_inputs(study, cell), needs)
+        and "cut" not in cell_result(study, cell)["structure"]
+    ]
+
+
+def structure_latency_rows(study: Study) -> list[dict[str, Any]]:
+    """Rows of `gcnet.cost.latency`, plus method and delta, of the first seed's networks: the dense one (method none),
+    then those without their dead filters, in turn. No rows where the store holds none of them."""
+    seed, chosen = study.seeds[0], latency_cells(study)
+    if not chosen:
+        return []
+    inputs = {
+        "version": VERSIONS["snacs_latency"],
+        "cells": [Store.key("snacs_cell", _cell_inputs(study, cell)) for cell in chosen],
+        "batches": list(LATENCY_BATCHES),
+        "threads": torch.get_num_threads(),
+        "device": str(cells.pick_device(study.device)),
+    }
+
+    def compute(folder: Path) -> None:
+        model, timed = cells.dense(study, seed)[1], {"dense": SnacsCell("none", 0.0, seed)}
+        networks, graph = {"dense": model}, cells.graph(study, model)
+        for cell in chosen:
+            stored = cell_folder(study, cell)
+            name, masks = f"{cell.method} {cell.delta:g}", Masks.load(stored / "masks.safetensors")
+            timed[name] = cell
+            networks[name] = remove_filters(cells.loaded(study, seed, stored)[1], graph, masks)
+        rows = latency(networks, cells.example_input(study), batch_sizes=LATENCY_BATCHES)
+        write_json(folder / "latency.json", [asdict(timed[row["network"]]) | row for row in rows])
+
+    return read_json(Store().once("snacs_latency", inputs, compute) / "latency.json")
 
 
 def stored_results(study: Study, method: str = "snacs") -> Iterator[dict[str, Any]]:
@@ -527,7 +571,8 @@ def run_speed(study: Study, groups: int) -> str:
 
 
 def stages(study: Study) -> Iterator[tuple[str, list[tuple[Callable[..., str], Study, Any]]]]:
-    """(name, tasks) of notebook 06 in the order in which they are computed."""
+    """(name, tasks) of notebook 06 in the order in which they are computed. The latency of the smaller networks is
+    measured by the notebook itself: alone, with all threads."""
     first = [(run_analysis, study, seed) for seed in study.seeds]
     if "mint" in study.snacs_methods:
         first += [(run_mint, study, seed) for seed in study.seeds]

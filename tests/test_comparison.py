@@ -1,14 +1,18 @@
-"""What counts as one budget, one point, and which networks compare."""
+"""What counts as one budget, one point, and which networks compare; and that each number is its cell's."""
 
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import pytest
 
-from gcnet import figures
-from gcnet.comparison import COLUMNS, budget_table, settings
+from gcnet import cells, cost, figures, ftwt_cells, snacs_cells, structured_cells, sweep
+from gcnet.comparison import COLUMNS, budget_table, comparison_table, settings
+from gcnet.store import Store, read_json
+from gcnet.study import Study
 
 
 def rows() -> pd.DataFrame:
@@ -62,3 +66,110 @@ def test_figure_tells_theory_from_networks_that_run_fewer_operations() -> None:
                       "best so far": False}  # fmt: skip
     assert figure.axes[1].get_ylim()[0] == 90 - figures.NEAR
     plt.close(figure)
+
+
+# --- on a study -----------------------------------------------------------------------------------------------------
+
+STUDY = Study.create(
+    study="small", notebooks=["05", "06", "08", "10"], dataset="digits", channels=1, network="alexnet", width=0.125,
+    seeds=[0], epochs=1, batch_size=40, train_images=120, crop_padding=0, flip=False, finetune_epochs=1,
+    pruners=["l1"], sparsities=[0.5], guidance={"pearson": ["B25"]}, shifts=["contrast"], severities=[5],
+    shift_images=30, device="cpu", precision="float32", snacs_deltas=[0.6], snacs_methods=["snacs", "mint", "gcnet"],
+    snacs_images=10, snacs_mint_groups=2, snacs_mint_images=5, snacs_truth_samples=[100], snacs_truth_repeats=2,
+    snacs_speed_groups=[4], snacs_speed_filters=16, snacs_speed_samples=60, ftwt_r=[0.8], ftwt_joint_r=[],
+    ftwt_epochs=1, ftwt_latency_sizes=[32], ftwt_latency_batches=[1],
+    structured_macs=[0.6], structured_methods=["B25", "tp_magnitude"], structured_finetune_epochs=1,
+    structured_round_to=1,
+)  # fmt: skip
+pytestmark = pytest.mark.filterwarnings("ignore:.*(images are fewer|parent filters)")
+
+
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pd.DataFrame]:
+    """The store of the small study, and its comparison.csv."""
+    root = tmp_path_factory.mktemp("computed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GCNET_RUNS", str(root))
+        for _, tasks in sweep.stages(STUDY):
+            for run, *arguments in tasks:
+                run(*arguments)
+        return root, comparison_table(STUDY)
+
+
+@pytest.fixture
+def table(computed: tuple[Path, pd.DataFrame], monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
+    monkeypatch.setenv("GCNET_RUNS", str(computed[0]))
+    return computed[1]
+
+
+def wall(kind: str, inputs: dict) -> float:
+    return read_json(Store().find(kind, inputs) / "entry.json")["wall_s"]
+
+
+def test_every_system_of_a_study_has_its_rows(table: pd.DataFrame) -> None:
+    assert tuple(table.columns) == COLUMNS
+    named = table[table.shift_family == "clean"].set_index("method").system.to_dict()
+    assert named == {
+        "dense": "dense",
+        "L1 direct": "direct",
+        "L1 B25": "GC-Net",
+        "SNACS (δ 0.6)": "SNACS",
+        "MINT (δ 0.6)": "peer of SNACS",
+        "GC-Net B25 (δ 0.6)": "peer of SNACS",
+        "FTWT decoupled (r 0.8)": "FTWT",
+        "L1 filters, FTWT's MACs (r 0.8)": "peer of FTWT",
+        "filters: B25 (0.6)": "structured",
+        "filters: torch-pruning magnitude (0.6)": "structured",
+    }
+    assert set(table.shift_family) == {"clean", "corrupted"} and len(table) == 2 * len(named)
+    assert set(table.network) == {"alexnet x 0.125"} and set(table.seed) == {0}
+    assert table.accuracy.between(0, 1).all() and table.ece.between(0, 1).all()
+    assert (table.macs > 0).all() and (table.macs <= 1).all() and (table.seconds > 0).all()
+    assert (table[table.system != "dense"].macs < 1).all()
+
+
+def test_every_number_is_that_of_its_cell(table: pd.DataFrame) -> None:
+    rows = table[table.shift_family == "clean"].set_index("method")
+    whole = cost.macs(cells.dense(STUDY, 0)[1], cells.example_input(STUDY))
+
+    def check(name: str, macs: float, sparsity: float, seconds: float, accuracy: float) -> None:
+        row = rows.loc[name]
+        assert row.macs == pytest.approx(macs, abs=1e-9) and row.sparsity == pytest.approx(sparsity, abs=1e-9)
+        assert row.seconds == pytest.approx(seconds) and row.accuracy == pytest.approx(accuracy)
+
+    connectivity = wall("connectivity", cells.connectivity_inputs(STUDY, 0, "pearson"))
+    scores = wall("snacs_scores", snacs_cells.scores_inputs(STUDY, 0))
+    mint = wall("snacs_mint", snacs_cells.mint_inputs(STUDY, 0))
+    assert min(connectivity, scores, mint) > 0
+
+    def spent(folder: Path) -> float:
+        return read_json(folder / "entry.json")["wall_s"]
+
+    for cell, name, before in zip(cells.cells(STUDY)[1:], ("L1 direct", "L1 B25"), (0.0, connectivity), strict=True):
+        found = cells.cell_result(STUDY, cell)
+        check(name, found["macs"] / whole, 0.5, before + spent(cells.cell_folder(STUDY, cell)), found["accuracy"])
+    names = {"snacs": ("SNACS", scores), "mint": ("MINT", mint), "gcnet": ("GC-Net B25", connectivity)}
+    for cell in snacs_cells.snacs_cells(STUDY)[1:]:
+        name, before = names[cell.method]
+        found = snacs_cells.cell_result(STUDY, cell)
+        seconds = before + spent(snacs_cells.cell_folder(STUDY, cell))
+        check(f"{name} (δ 0.6)", found["macs"] / whole, found["sparsity"], seconds, found["accuracy"])
+    for cell, name in zip(ftwt_cells.gated_cells(STUDY), ("FTWT decoupled", "L1 filters, FTWT's MACs"), strict=True):
+        found = ftwt_cells.gated_result(STUDY, cell)
+        seconds = spent(ftwt_cells.gated_folder(STUDY, cell))
+        check(f"{name} (r 0.8)", 1 - found["macs_reduction"], 0.0, seconds, found["accuracy"])
+    for cell, name, before in zip(
+        structured_cells.structured_cells(STUDY)[1:], ("B25", "torch-pruning magnitude"), (connectivity, 0.0),
+        strict=True,
+    ):  # fmt: skip
+        found = structured_cells.cell_result(STUDY, cell)
+        removed = 1 - found["parameters"] / found["parameters_dense"]
+        seconds = before + spent(structured_cells.structured_folder(STUDY, cell))
+        check(f"filters: {name} (0.6)", found["macs_left"] / whole, removed, seconds, found["accuracy"])
+    assert rows.loc["dense"].seconds == pytest.approx(spent(cells.dense_folder(STUDY, 0)))
+
+
+def test_only_what_the_study_runs_is_compared(table: pd.DataFrame) -> None:
+    only = comparison_table(STUDY.model_copy(update={"notebooks": ("05",)}))
+    assert set(only.system) == {"dense", "direct", "GC-Net"}
+    pd.testing.assert_frame_equal(only, table[table.system.isin(set(only.system))].reset_index(drop=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 import warnings
 from itertools import pairwise
 
@@ -220,3 +221,38 @@ def test_shared_distances_are_those_of_each_pair_alone() -> None:
     alone = [[mint_gmi(x.view(120, 2, 2).roll(-g, 1).flatten(1), y[:, [c]], (1, 2), only=1).item() for g in range(2)]
              for c in range(2)]  # fmt: skip
     assert torch.allclose(found, torch.tensor(alone, dtype=torch.float64))
+
+
+def test_memory_of_spanning_trees_is_bounded() -> None:
+    x, y = normal(300, 6), normal(300, 48, seed=1)
+    matrix = 200 * 200 * 8
+
+    def run(children: int, memory: int) -> tuple[Tensor, int]:
+        tracemalloc.start()
+        try:
+            found = mint_gmi(x, y[:, : 2 * children], (children, 2), memory=memory)
+            return found, tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    at_once, most = run(24, 100 * matrix)
+    assert most > 24 * matrix
+    for memory in (14 * matrix, 17 * matrix, 0):  # chunks that do and do not divide the blocks; one by one
+        found, used = run(24, memory)
+        assert torch.equal(found, at_once)
+        assert used < max(memory, 10 * matrix)
+        assert used < run(8, memory)[1] + matrix / 2  # of three times as many blocks
+
+
+def test_memory_of_counted_triples_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = normal(400, 6), normal(400, 12, seed=1)
+    sizes = []
+    bincount = torch.bincount
+    monkeypatch.setattr(
+        torch, "bincount", lambda keys, minlength: sizes.append(minlength) or bincount(keys, minlength=minlength)
+    )
+    at_once = acmi(x, y, (12, 6), conditioning="projection")
+    most, limit = max(sizes), max(sizes) // 5
+    sizes.clear()
+    assert torch.equal(acmi(x, y, (12, 6), conditioning="projection", chunk=limit), at_once)
+    assert max(sizes) <= limit < most

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,9 +28,12 @@ from gcnet.snacs_cells import (
     weight_masks,
 )
 from gcnet.snacs_figures import (
+    PUBLISHED_SPEED,
+    STRUCTURE,
     accuracy_table,
     claims_table,
     layer_table,
+    never_within,
     published_table,
     reached,
     shift_table,
@@ -37,7 +41,7 @@ from gcnet.snacs_figures import (
     structure_table,
     truth_table,
 )
-from gcnet.store import Store
+from gcnet.store import Store, read_json, sha256_file, write_json
 from gcnet.study import Study
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(images are fewer|parent filters)")
@@ -60,6 +64,7 @@ def computed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for _, tasks in stages.stages(STUDY):
             for run, *arguments in tasks:
                 assert isinstance(run(*arguments), str)
+        stages.structure_latency_rows(STUDY)
     return root
 
 
@@ -141,6 +146,40 @@ def test_tables() -> None:
 
 
 @pytest.mark.usefixtures("store")
+def test_latency_is_of_the_first_seed_without_dead_filters() -> None:
+    table, rows = structure_table(STUDY), stages.structure_latency_rows(STUDY)
+    assert list(table.columns) == STRUCTURE and table.groupby(["method", "delta", "seed"]).size().eq(2).all()
+    left = table[table.cut.isna()]
+    assert len(left) and (left.threads == torch.get_num_threads()).all()
+    assert [row["network"] for row in rows[: len(rows) // 2]] == ["dense", *(f"{m} 0.6" for m in left.method.unique())]
+    for batch, part in left.groupby("batch"):
+        timed = {row["method"]: 1000 * row["median_s"] for row in rows if row["batch_size"] == batch}
+        assert list(part.ms) == [timed[method] for method in part.method] and set(part.ms_dense) == {timed["none"]}
+    more = STUDY.model_copy(update={"seeds": (7, 0)})
+    assert not stages.latency_cells(more)  # the first seed has no networks
+
+
+@pytest.mark.parametrize("gone", ["model.safetensors", "masks.safetensors"])
+def test_latency_is_left_out_where_the_networks_are(
+    gone: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(store, tmp_path / "unpacked")
+    monkeypatch.setenv("GCNET_RUNS", str(tmp_path / "unpacked"))
+    before = structure_table(STUDY)
+    for folder in (tmp_path / "unpacked").glob("snacs_cell-*"):
+        entry = read_json(folder / "entry.json")
+        facts = read_json(folder / "cell.json")
+        facts["structure"] |= {"ms": 3.0, "ms_dense": 4.0}  # as cells had them that were timed when they were computed
+        write_json(folder / "cell.json", facts)
+        entry["files"]["cell.json"] = sha256_file(folder / "cell.json")
+        write_json(folder / "entry.json", entry | {"without": [gone]})
+        (folder / gone).unlink()
+    table, times = structure_table(STUDY), ["threads", "ms", "ms_dense"]
+    assert table[times].isna().all(axis=None)
+    pd.testing.assert_frame_equal(table.drop(columns=times), before.drop(columns=times))
+
+
+@pytest.mark.usefixtures("store")
 def test_claims_follow_from_the_tables() -> None:
     accuracy, shifts, speed = accuracy_table(STUDY), shift_table(STUDY), speed_table(STUDY)
     claims = claims_table(STUDY, accuracy, shifts, speed)
@@ -149,10 +188,30 @@ def test_claims_follow_from_the_tables() -> None:
     assert by.loc["share of layers whose limit follows from the rule alone", "verdict"] == "supported"
     difference = cell_result(STUDY, PRUNED[0])["accuracy"] - cell_result(STUDY, SnacsCell("gcnet", 0.6, 0))["accuracy"]
     assert by.loc["clean accuracy, difference: snacs - gcnet", "estimate"] == pytest.approx(difference)
-    fast = claims[claims.claim == "snacs-1"]
-    assert len(fast) == 2 and set(fast.estimate) == set(speed[speed.estimator != "hash (ours)"].ratio)
-    slow = claims_table(STUDY, accuracy, shifts, speed.assign(ratio=16.9))
-    assert set(slow[slow.claim == "snacs-1"].verdict) == {"contradicted"}
+    assert "snacs-1" not in set(claims.claim)  # 4 groups are none of the published ones
+    every = pd.concat([speed.assign(groups=groups, samples=2000, ratio=17.1) for groups in PUBLISHED_SPEED])
+    for timed, verdicts in (
+        (every, {"supported"}),
+        (every.assign(ratio=16.9), {"contradicted"}),
+        (every[every.groups != 64], set()),
+        (every.assign(samples=1000), set()),
+    ):
+        fast = claims_table(STUDY, accuracy, shifts, timed)
+        fast = fast[fast.claim == "snacs-1"]
+        assert set(fast.verdict) == verdicts and len(fast) == (2 * len(PUBLISHED_SPEED) if verdicts else 0)
+
+
+@pytest.mark.usefixtures("store")
+def test_methods_that_never_stay_within_a_point_are_not_compared() -> None:
+    accuracy, shifts, speed = accuracy_table(STUDY), shift_table(STUDY), speed_table(STUDY)
+    for fine in (set(), {"mint"}, {"snacs"}):
+        kept = accuracy.assign(accuracy=accuracy.method.isin({"none", *fine}).astype(float), val_accuracy=None)
+        peers = [method for method in STUDY.snacs_methods if method != "snacs"]
+        assert never_within(kept) == [method for method in STUDY.snacs_methods if method not in fine]
+        claims = claims_table(STUDY, kept, shifts, speed)
+        compared = {measure.split()[-1] for measure in claims[claims.claim == "snacs-3"].measure}
+        assert compared == (set(peers) if "snacs" in fine else fine)
+        assert (claims.claim == "snacs-4").sum() == 2 * len(peers)
 
 
 def test_sparsity_reached_at_less_than_one_point() -> None:
@@ -162,6 +221,7 @@ def test_sparsity_reached_at_less_than_one_point() -> None:
         columns=["method", "seed", "sparsity", "val_accuracy"],
     ).assign(accuracy=0.0)  # fmt: skip
     assert reached(frame, "snacs").to_dict() == {0: 0.7, 1: 0.0}
+    assert not never_within(frame) and never_within(frame.query("seed == 1")) == ["snacs"]
 
 
 def test_peers_are_matched_by_bisection() -> None:
