@@ -602,10 +602,13 @@ def forest(claims: pd.DataFrame) -> Figure:
             axis.plot(scale * row.estimate, height, marker, color=color, ms=7)
         axis.axvline(0, color="black", lw=0.8)
         axis.set(xlim=(-limit, limit), ylim=(-0.7, len(rows) - 0.3), xlabel=label)
+        short = [measure.split(": ")[-1] for measure in rows.measure]
+        unique = not pd.DataFrame({"claim": rows.claim, "short": short, "at": rows.sparsity}).duplicated().any()
+        names = short if unique else [measure.replace(", difference", "") for measure in rows.measure]
         texts = [
-            f"{r.claim}: {r.measure.split(': ')[-1]}" + (f"  ({r.sparsity:.0%})" if r.sparsity else "")
-            for r in rows.iloc[::-1].itertuples()
-        ]
+            f"{row.claim}: {name}" + (f"  ({row.sparsity:.0%})" if row.sparsity else "")
+            for row, name in zip(rows.itertuples(), names, strict=True)
+        ][::-1]
         axis.set_yticks(range(len(rows)), texts, fontsize=8)
     found = set(claims.verdict.str.split(" ").str[0])
     handles = [
