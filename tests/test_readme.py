@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+import yaml
 
-from gcnet import paths, readme
+import gcnet
+from gcnet import data, networks, paths, pruning, readme, shifts
 from gcnet.claims import COLUMNS as COLUMNS_OF_CLAIMS
 from gcnet.claims import load_claims
 from gcnet.comparison import COLUMNS
+from gcnet.connectivity import SIMILARITIES
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -138,3 +142,27 @@ def test_every_claim_has_a_row_and_digits_only_where_nothing_else_is(
     assert "| gcnet-1 | `real` | **supported** | 1/0/0 |" in text and "| ftwt-1 | `digits` |" in text
     assert text.count("`digits`") == 1 and "smoke" not in text
     assert text.count("not tested yet") == len(load_claims()) - 2
+
+
+def test_the_recipes_for_extending_work() -> None:
+    registries = (data.DATASETS, networks.NETWORKS, SIMILARITIES, pruning.PRUNERS, shifts.CORRUPTIONS,
+                  shifts.FAMILIES, shifts.SEVERITY_TABLES["cifar-c"])  # fmt: skip
+    known = [set(registry) for registry in registries]
+    section = TEXT[TEXT.index("## Extend it") : TEXT.index("## Errata")]
+    try:
+        exec(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1], {})
+        train = data.load("circles", channels=1, image_size=8, val_share=0.2).train
+        images = train.images.float() / 255 + torch.rand(len(train), 1, 8, 8)
+        found = gcnet.ghost_prune(
+            networks.build("plain", 2, channels=1, width=0.25), [(images, train.labels)], pruner="squared",
+            sparsity=0.5, hybrid="Full", similarity="sign",
+        )  # fmt: skip
+        assert gcnet.sparsity(found.masks) == pytest.approx(0.5, abs=0.01)
+        bright = torch.full((2, 1, 8, 8), 200, dtype=torch.uint8)
+        assert shifts.corrupt(bright, "darker", 5).unique().item() == 100
+    finally:
+        for names, registry in zip(known, registries, strict=True):
+            for name in set(registry) - names:
+                del registry[name]
+    claim = yaml.safe_load(re.search(r"```yaml\n(.*?)```", section, re.DOTALL)[1])[0]
+    assert set(claim) <= {key for other in load_claims() for key in other}
