@@ -23,6 +23,7 @@ from gcnet.structured import (
     export,
     filter_scores,
     load_structured,
+    snacs_filter_scores,
     structured_prune,
 )
 from gcnet.study import Study
@@ -65,6 +66,7 @@ __all__ = [
     "remove_filters",
     "sensitivity",
     "silenced",
+    "snacs_filter_scores",
     "snacs_prune",
     "sparse_train",
     "sparsity",

@@ -75,9 +75,13 @@ class LayerPair:
         """(C_in,) the parent group of each input column."""
         return self.unit // (self.parent.shape[1] // self.groups[1])
 
+    def matrix(self, blocks: Tensor) -> Tensor:
+        """(child groups, parent groups) -> (C_out, C_in)."""
+        return blocks.repeat_interleave(len(self.weight) // self.groups[0], 0)[:, self.block.to(blocks.device)]
+
     def spread(self, blocks: Tensor) -> Tensor:
         """(child groups, parent groups) -> one value a weight."""
-        rows = blocks.repeat_interleave(len(self.weight) // self.groups[0], 0)[:, self.block.to(blocks.device)]
+        rows = self.matrix(blocks)
         return rows.view(*rows.shape, *[1] * (self.weight.ndim - 2)).expand(self.weight.shape)
 
     def means(self, weight: Tensor) -> Tensor:
