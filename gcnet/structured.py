@@ -31,6 +31,8 @@ from gcnet.snacs import LayerPair, connection_scores
 from gcnet.store import write_json
 
 RANKINGS = ("layer", "global")
+# How far the smaller network's outputs may be from the masked one's, relative to the largest output (at least 1).
+SAME = 1e-5
 
 # {module: {"out": kept output channels, "in": kept input channels}}; normalisation layers have "out" alone.
 Channels = dict[str, dict[str, list[int]]]
@@ -643,7 +645,7 @@ def structured_prune(
     connectivity, graph: measured before. freeze: layers that keep all filters.
     A layer's filters stay where removing them would not be the same as setting them to 0 (LayerNorm, activations that
     are not 0 at 0), at the output, and in layers called twice; the report lists them. The smaller network's outputs
-    are checked to equal those of the masked network.
+    are checked to equal those of the masked network (to 1e-5 of the largest, rounding).
     Raises ValueError for values out of range, unknown names, a share that cannot be reached, weights held by torch's
     own pruning, and a network that torch-pruning cannot cut; ImportError without torch-pruning.
     """
@@ -722,7 +724,13 @@ def _masked_output(scratch: nn.Module, masks: Masks, example: Tensor) -> list[Te
     for name, parameter in masked.named_parameters():
         if name in masks:
             parameter.mul_(masks[name].to(parameter.device))
-    return _tensors(masked(_noise(example)))
+    return _exact(masked, example)
+
+
+def _exact(network: nn.Module, example: Tensor) -> list[Tensor]:
+    """Outputs for noise shaped like the example, in full float32 on GPUs too."""
+    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        return _tensors(network(_noise(example)))
 
 
 def _noise(example: Tensor) -> Tensor:
@@ -758,14 +766,14 @@ def _remove(dependencies: Any, groups: list[_Group], kept: list[Tensor], channel
 @torch.no_grad()
 def _check_same(network: nn.Module, example: Tensor, expected: list[Tensor]) -> None:
     try:
-        found = _tensors(network(_noise(example)))
+        found = _exact(network, example)
     except Exception as error:
         raise ValueError(
             f"the smaller network does not run: {error}; freeze=(layers,) leaves layers as they are"
         ) from error
     for ours, theirs in zip(found, expected, strict=True):
         gap = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1))
-        if not gap <= 1e-4:
+        if not gap <= SAME:
             raise ValueError(
                 f"the smaller network's output differs from the masked network's by {gap:.2g}: some operation treats "
                 "removed filters in another way than filters of 0; freeze=(layers,) leaves layers as they are"

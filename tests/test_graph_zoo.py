@@ -128,8 +128,8 @@ def test_ghost_pruning_and_macs(name: str) -> None:
 @pytest.mark.parametrize("name", cases(EVERY, heavy=(*HEAVY, "efficientnet_b0")))
 def test_snacs_pruning(name: str) -> None:
     model, images = network(name, classes=2, images=8)
-    if parameters(model) > 9e7:
-        pytest.skip("more than 90 million parameters: minutes of inverting matrices as wide as its widest layer")
+    if parameters(model) > 6e7 and not name.startswith("vit_b"):
+        pytest.skip("more than 60 million parameters: minutes of inverting matrices as wide as its layers")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     # Two groups a layer are the fastest for narrow layers, the default's 64 for wide ones.
     groups = 2 if parameters(model) < 2e7 else None

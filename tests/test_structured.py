@@ -400,6 +400,26 @@ def test_what_cannot_go_stays_and_is_listed() -> None:
         structured_prune(model, batches(8), macs=0.1, hybrid="direct")
 
 
+def test_outputs_that_differ_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gcnet import structured
+
+    exact = structured._exact
+    for gap, fine in ((9e-6, True), (1.2e-5, False)):
+        calls = []
+
+        def shifted(network: nn.Module, example: Tensor, calls: list = calls, gap: float = gap) -> list[Tensor]:
+            calls.append(network)
+            outputs = exact(network, example)
+            return [out + gap * float(out.abs().max().clamp_min(1)) * (len(calls) > 1) for out in outputs]
+
+        monkeypatch.setattr(structured, "_exact", shifted)
+        if fine:
+            structured_prune(joined(), batches(8), macs=0.6, hybrid="direct")
+        else:
+            with pytest.raises(ValueError, match=r"output differs from the masked network's by 1\.2e-05"):
+                structured_prune(joined(), batches(8), macs=0.6, hybrid="direct")
+
+
 def test_frozen_on_request() -> None:
     found = structured_prune(joined(), batches(8), macs=0.7, freeze=("linear",))
     assert found.network.linear.out_features == 10 and found.report["frozen"]["linear"] == "asked for"
