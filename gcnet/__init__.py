@@ -27,6 +27,7 @@ from gcnet.structured import (
     structured_prune,
 )
 from gcnet.study import Study
+from gcnet.two_four import to_two_four, two_four_masks
 
 __all__ = [
     "CKASparsityRegularizer",
@@ -73,4 +74,6 @@ __all__ = [
     "structured_prune",
     "to_parametrize",
     "to_torch_prune",
+    "to_two_four",
+    "two_four_masks",
 ]
