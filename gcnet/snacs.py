@@ -167,7 +167,8 @@ def layer_pairs(
     batches: (images, labels), images as the model takes them, not augmented; the same images serve parent and child.
     groups: as in `group_count`. Activations are the layer's own output before BatchNorm and activation, averaged over
     positions (source: code); where several filters meet in one input column (a sum), the parent is what the layer
-    receives (choice). Raises ValueError for groups that do not divide, fewer than 8 images, a class without images.
+    receives (choice). A layer that does not see the images (a position bias: its output has other rows than images) is
+    left out. Raises ValueError for groups that do not divide, fewer than 8 images, a class without images.
     """
     iterator = iter(batches)
     first = next(iterator, None)
@@ -210,6 +211,8 @@ def layer_pairs(
     y = torch.cat(labels)
     _check_classes(model, first[0][:1].to(device), y)
     values = {tap: torch.cat(parts) for tap, parts in kept.items()}
+    strange = {layer for (layer, _), rows in values.items() if len(rows) != len(y)}
+    layers = [layer for layer in layers if not strange & {layer, *graph.parents[layer]}]
     pairs = []
     for layer in layers:
         module = model.get_submodule(layer)

@@ -128,8 +128,8 @@ def test_ghost_pruning_and_macs(name: str) -> None:
 @pytest.mark.parametrize("name", cases(EVERY, heavy=(*HEAVY, "efficientnet_b0")))
 def test_snacs_pruning(name: str) -> None:
     model, images = network(name, classes=2, images=8)
-    if parameters(model) > 6e7 and not name.startswith("vit_b"):
-        pytest.skip("more than 60 million parameters: minutes of inverting matrices as wide as its layers")
+    if parameters(model) > 4e7 and name not in ("alexnet", "vgg11_bn", "vit_b_16"):
+        pytest.skip("more than 40 million parameters: minutes of inverting matrices as wide as its layers")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     # Two groups a layer are the fastest for narrow layers, the default's 64 for wide ones.
     groups = 2 if parameters(model) < 2e7 else None
@@ -137,7 +137,10 @@ def test_snacs_pruning(name: str) -> None:
     graph = layer_graph(model, images)
     rows = pruning.report["layers"]
     grouped = [layer for layer in graph.layers if getattr(model.get_submodule(layer), "groups", 1) > 1]
-    assert [row["layer"] for row in rows] == [n for n in graph.layers if graph.parents[n] and n not in grouped]
+    # The position biases of swin_v2 come from a table, not from the images.
+    assert [row["layer"] for row in rows] == [
+        n for n in graph.layers if graph.parents[n] and n not in grouped and "cpb_mlp" not in n
+    ]
     assert 0 < pruning.report["sparsity"] <= 0.6 and all(row["pruned"] <= row["gamma"] + 1e-9 for row in rows)
     assert all(bool(pruning.masks[f"{layer}.weight"].all()) for layer in pruning.report["not_scored"])
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

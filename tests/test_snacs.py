@@ -130,6 +130,25 @@ def test_parents_are_what_feeds_a_layer() -> None:
     assert torch.allclose(joined.parent[:20], received, atol=1e-5)
 
 
+class Biased(nn.Module):
+    """A part that sees a table and no image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.arange(5.0)[:, None])
+        self.a, self.b, self.first, self.last = (nn.Linear(*s) for s in ((1, 8), (8, 4), (4, 8), (8, 4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(x))) + self.b(torch.relu(self.a(self.table))).sum(0)
+
+
+def test_layers_that_see_no_image_are_left_out() -> None:
+    _, batches = separable()
+    torch.manual_seed(0)
+    found = snacs_prune(Biased(), batches, delta=0.5)
+    assert list(found.scores) == ["last"] and set(found.report["not_scored"]) == {"a", "b", "first"}
+
+
 def test_a_flattened_map_is_one_parent_a_filter() -> None:
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 36, 4)).eval()
     (pair,), _ = layer_pairs(model, images(16, 1, 8, 4))
