@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import gcnet
 from gcnet import networks
 from gcnet.structured import torch_pruning
+from gcnet.two_four import why_not
 
 
 def seconds(run: Callable[[], Any], repeats: int = 1) -> float:
@@ -144,8 +146,41 @@ def halved(model: nn.Module, image: Tensor, round_to: int) -> nn.Module | None:
         return None
 
 
+@torch.no_grad()
+def two_four_row(quick: bool) -> dict[str, Any]:
+    """Two Linear layers in half precision, dense and 2:4; where there are no kernels, why."""
+    reason = why_not("cuda")
+    if reason:
+        return {
+            "case": f"2:4 Linear layers, not measured: {reason}",
+            "ours_s": math.nan,
+            "peer": "dense in half precision",
+            "peer_s": math.nan,
+            "target": "",
+        }
+    width, rows = (512, 256) if quick else (4096, 4096)
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)).cuda()
+    masks = gcnet.two_four_masks(dense, {name: dense.get_submodule(name).weight.abs() for name in ("0", "2")})
+    networks = {"ours": gcnet.to_two_four(dense, masks), "peer": dense.half().eval()}
+    x = torch.randn(rows, width, device="cuda", dtype=torch.float16)
+    spent: dict[str, list[float]] = {name: [] for name in networks}
+    for repeat in range(25):
+        for name, network in networks.items():  # in turn, the first five not counted
+            torch.cuda.synchronize()
+            took = seconds(lambda network=network: (network(x), torch.cuda.synchronize()))
+            spent[name] += [took] if repeat >= 5 else []
+    return {
+        "case": f"2:4, two Linear layers of {width} x {width}, batch {rows}, {torch.cuda.get_device_name()}",
+        "ours_s": statistics.median(spent["ours"]),
+        "peer": "dense in half precision",
+        "peer_s": statistics.median(spent["peer"]),
+        "target": "at least 1",
+    }
+
+
 def run(quick: bool = False) -> list[dict[str, Any]]:
-    rows = [graph_row(quick), ghost_row(quick)]
+    rows = [graph_row(quick), ghost_row(quick), two_four_row(quick)]
     cases = [("vgg16_bn quarter width", networks.build("vgg16_bn", 10, width=0.25, seed=0), 32, 8)]
     if not quick:
         cases.append(("resnet18 quarter width", networks.build("resnet18", 10, width=0.25, seed=0), 32, 8))

@@ -23,9 +23,11 @@ from gcnet.structured import (
     export,
     filter_scores,
     load_structured,
+    snacs_filter_scores,
     structured_prune,
 )
 from gcnet.study import Study
+from gcnet.two_four import to_two_four, two_four_masks
 
 __all__ = [
     "CKASparsityRegularizer",
@@ -65,10 +67,13 @@ __all__ = [
     "remove_filters",
     "sensitivity",
     "silenced",
+    "snacs_filter_scores",
     "snacs_prune",
     "sparse_train",
     "sparsity",
     "structured_prune",
     "to_parametrize",
     "to_torch_prune",
+    "to_two_four",
+    "two_four_masks",
 ]

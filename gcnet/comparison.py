@@ -120,8 +120,12 @@ def comparison_table(study: Study) -> pd.DataFrame:
     if study.runs("10"):
         for cell in (c for c in structured_cells.structured_cells(study) if not c.is_dense):
             result = structured_cells.cell_result(study, cell)
-            name = {"tp_magnitude": "torch-pruning magnitude", "tp_taylor": "torch-pruning Taylor"}
-            before = 0.0 if cell.method in ("direct", *name) else correlating(cell.seed, study.structured_similarity)
+            name = {"tp_magnitude": "torch-pruning magnitude", "tp_taylor": "torch-pruning Taylor", "snacs": "SNACS"}
+            before = 0.0
+            if cell.method == "snacs":
+                before = _measuring("snacs_scores", snacs_cells.scores_inputs(study, cell.seed))
+            elif structured_cells.by_ghost(cell.method):
+                before = correlating(cell.seed, study.structured_similarity)
             facts = {"system": "structured", "method": f"filters: {name.get(cell.method, cell.method)} ({cell.macs:g})",
                      "network": network, "sparsity": 1 - result["parameters"] / result["parameters_dense"],
                      "seed": cell.seed,

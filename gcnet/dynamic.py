@@ -28,6 +28,7 @@ from gcnet.cost import evaluation_mode, layer_macs
 from gcnet.data import Dataset
 from gcnet.errors import unknown
 from gcnet.graph import LayerGraph, layer_graph
+from gcnet.interop import check_plain
 from gcnet.store import atomic_write
 from gcnet.training import Recipe, train
 
@@ -321,6 +322,7 @@ def gate(
     head_pool: Pool = "max",
     head_scaled: bool = True,
     layers: Iterable[str] | None = None,
+    graph: LayerGraph | None = None,
     seed: int = 0,
 ) -> Gated:
     """A copy of a trained network with a gate at every convolution; the model itself is left as it is.
@@ -329,15 +331,23 @@ def gate(
     hold, in (0, 1]. mode: "decoupled" = the mask loss stops at the heads' inputs; "joint" = it reaches the backbone.
     In both the predicted hard mask is used and the task loss never reaches the heads. head_pool, head_scaled: those
     of `Head`. layers: Conv2d names to gate, default all that can be, projection shortcuts included (choice); the
-    classifier is not gated. A convolution that runs more than once or has one filter is left out (`notes`).
-    Raises ValueError for r out of range, unknown names, a network with nothing to gate; TraceError if it cannot be
-    traced. Source: paper; which layers: the authors' code.
+    classifier is not gated. A convolution that runs more than once, has one filter or lies in a module that was traced
+    whole is left out (`notes`). graph: a layer graph of the model made before, with `leaf_modules` or a `tracer` where
+    it cannot be traced; one with given `parents` does not tell what follows a convolution, and is refused.
+    Raises ValueError for r out of range, unknown names, a network with nothing to gate, weights that torch's own
+    pruning holds; TraceError if it cannot be traced. Source: paper; which layers: the authors' code.
     """
     check_r(r)
+    check_plain(model)
     for kind, name, known in (("mode", mode, MODES), ("head_pool", head_pool, POOLS)):
         if name not in known:
             raise unknown(kind, name, known)
-    graph = layer_graph(model, example_input)
+    graph = graph or layer_graph(model, example_input)
+    if not isinstance(graph.module, fx.GraphModule):
+        raise ValueError(
+            "gates need a traced network, and the parents of this one were given: make the graph with leaf_modules=... "
+            "or tracer=..."
+        )
     names, notes = _gateable(model, graph, layers)
     network = copy.deepcopy(model)
     with torch.random.fork_rng(devices=[]):
@@ -373,6 +383,8 @@ def _gateable(
             continue
         if name in graph.shared or not name:
             notes.append(f"{name or 'the network'} is not gated: it runs more than once or is the whole network")
+        elif name not in graph.nodes:
+            notes.append(f"{name} is not gated: it lies in a module that was traced whole")
         elif model.get_submodule(name).out_channels < 2:
             notes.append(f"{name} is not gated: it has one filter")
         else:
@@ -575,11 +587,12 @@ def estimate_flops(
     r_grid: Sequence[float],
     *,
     layers: Iterable[str] | None = None,
+    graph: LayerGraph | None = None,
 ) -> pd.DataFrame:
     """What each r would save, from the dense network before any training: one pass over the images, one row an r.
 
     The targets of every image on the dense network are put into `count_macs` as if a head had predicted them. Columns:
-    r, macs, macs_authors, reduction, reduction_authors. model, layers: as `gate` takes them; it is not changed.
+    r, macs, macs_authors, reduction, reduction_authors. model, layers, graph: as `gate` takes them; not changed.
     Raises ValueError for an r out of range, no r, no image, a network with nothing to gate. Source: the paper says
     that training is not needed for an estimate; the procedure is ours.
     """
@@ -590,7 +603,7 @@ def estimate_flops(
     totals = torch.zeros(len(r_grid), 2, dtype=torch.float64)
     for x, _ in batches:
         if gated is None:
-            gated = gate(model, x[:1], layers=layers).eval()
+            gated = gate(model, x[:1], layers=layers, graph=graph).eval()
             gated.record(True)
         with gated.forced():
             gated(x)

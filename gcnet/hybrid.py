@@ -26,6 +26,7 @@ from gcnet.pruning import (
     sparsity,
     summary,
     weight_name,
+    zero_before,
 )
 
 Role = Literal["direct", "guided", "mixed"]
@@ -187,7 +188,6 @@ def ghost_prune(
 
 
 def _report(model: nn.Module, masks: Masks, plan: dict[str, Role], graph: LayerGraph) -> dict[str, Any]:
-    zero = {layer: float((model.get_submodule(layer).weight == 0).double().mean()) for layer in graph.layers}
     rows = [{**row, "role": plan[row["layer"]]} for row in summary(masks)]
     return {
         "sparsity": sparsity(masks),
@@ -195,7 +195,7 @@ def _report(model: nn.Module, masks: Masks, plan: dict[str, Role], graph: LayerG
         "collapsed_layers": collapsed_layers(masks),
         "layers": rows,
         "without_parent": tuple(layer for layer in graph.layers if not graph.parents[layer]),
-        "zero_before": {layer: share for layer, share in zero.items() if share > 0.01},
+        "zero_before": zero_before(model, graph.layers),
         "notes": graph.notes,
     }
 

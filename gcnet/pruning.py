@@ -92,6 +92,12 @@ def collapsed_layers(masks: Mapping[str, Tensor]) -> tuple[str, ...]:
     return tuple(name.removesuffix(".weight") for name, mask in masks.items() if not bool(mask.any()))
 
 
+def zero_before(model: nn.Module, layers: Iterable[str]) -> dict[str, float]:
+    """{layer: share of its weights that are 0 already}, of layers with more than 1 %."""
+    zero = {layer: float((model.get_submodule(layer).weight == 0).double().mean()) for layer in layers}
+    return {layer: share for layer, share in zero.items() if share > 0.01}
+
+
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     """Set the removed weights to exactly 0, in place. Raises ValueError for masks of another network."""
     from gcnet.training import apply_held, hold

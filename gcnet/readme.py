@@ -108,12 +108,13 @@ def zoo() -> str:
     lines, rows = [], []
     for library, part in table.groupby("library", sort=False):
         tried = part[~part.masks.str.startswith("not tried")]
+        ghost, snacs, smaller = (int((tried[what] == "yes").sum()) for what in ("masks", "snacs", "structured"))
         lines.append(
-            f"- {library}: of {len(tried)} networks tried, masks work on {int((tried.masks == 'yes').sum())}, smaller "
-            f"networks came from {int((tried.structured == 'yes').sum())}."
+            f"- {library}: of {len(tried)} networks tried, the ghost's masks work on {ghost}, SNACS's on {snacs}, "
+            f"smaller networks came from {smaller}."
         )
     for row in table.itertuples():
-        for what, result in (("masks", row.masks), ("smaller network", row.structured)):
+        for what, result in (("masks", row.masks), ("SNACS", row.snacs), ("smaller network", row.structured)):
             if result.startswith("no: ") or result == "wrong sparsity":
                 reason = result.removeprefix("no: ").split(";")[0].split("(")[0].strip(" :,")
                 rows.append({"network": row.network, "what": what, "why not": reason})

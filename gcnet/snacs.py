@@ -21,7 +21,8 @@ from gcnet.cost import evaluation_mode
 from gcnet.errors import unknown
 from gcnet.graph import LayerGraph, layer_graph
 from gcnet.information import acmi, check_groups, divisors, mint_gmi
-from gcnet.pruning import Masks, sparsity, summary, weight_name
+from gcnet.interop import check_plain
+from gcnet.pruning import Masks, sparsity, summary, weight_name, zero_before
 
 __all__ = ["LayerPair", "SnacsPruning", "acmi", "layer_pairs", "mint_gmi", "operating_limits", "sensitivity",
            "snacs_prune"]  # fmt: skip
@@ -56,7 +57,7 @@ class LayerPair:
     child: (N, C_out) spatial means of the layer's own output. parent: (N, U) of the filters that feed it, or, where a
     column is fed by a sum, of what the layer receives. unit: (C_in,) the parent column that feeds each input column.
     groups: (child groups, parent groups). patches: (N, C_in * kernel) mean input under each kernel entry, from which
-    the child's activations follow for any weights. weight, bias: of the layer.
+    the child's activations follow for any weights. weight, bias: of the layer, in float32.
     """
 
     layer: str
@@ -74,9 +75,13 @@ class LayerPair:
         """(C_in,) the parent group of each input column."""
         return self.unit // (self.parent.shape[1] // self.groups[1])
 
+    def matrix(self, blocks: Tensor) -> Tensor:
+        """(child groups, parent groups) -> (C_out, C_in)."""
+        return blocks.repeat_interleave(len(self.weight) // self.groups[0], 0)[:, self.block.to(blocks.device)]
+
     def spread(self, blocks: Tensor) -> Tensor:
         """(child groups, parent groups) -> one value a weight."""
-        rows = blocks.repeat_interleave(len(self.weight) // self.groups[0], 0)[:, self.block.to(blocks.device)]
+        rows = self.matrix(blocks)
         return rows.view(*rows.shape, *[1] * (self.weight.ndim - 2)).expand(self.weight.shape)
 
     def means(self, weight: Tensor) -> Tensor:
@@ -162,7 +167,8 @@ def layer_pairs(
     batches: (images, labels), images as the model takes them, not augmented; the same images serve parent and child.
     groups: as in `group_count`. Activations are the layer's own output before BatchNorm and activation, averaged over
     positions (source: code); where several filters meet in one input column (a sum), the parent is what the layer
-    receives (choice). Raises ValueError for groups that do not divide, fewer than 8 images, a class without images.
+    receives (choice). A layer that does not see the images (a position bias: its output has other rows than images) is
+    left out. Raises ValueError for groups that do not divide, fewer than 8 images, a class without images.
     """
     iterator = iter(batches)
     first = next(iterator, None)
@@ -205,6 +211,8 @@ def layer_pairs(
     y = torch.cat(labels)
     _check_classes(model, first[0][:1].to(device), y)
     values = {tap: torch.cat(parts) for tap, parts in kept.items()}
+    strange = {layer for (layer, _), rows in values.items() if len(rows) != len(y)}
+    layers = [layer for layer in layers if not strange & {layer, *graph.parents[layer]}]
     pairs = []
     for layer in layers:
         module = model.get_submodule(layer)
@@ -212,7 +220,7 @@ def layer_pairs(
         units = int(unit[layer].max()) + 1
         total = columns.new_zeros(len(y), units).index_add_(1, unit[layer].to(device), columns)
         parent = total / torch.bincount(unit[layer], minlength=units).to(total)
-        bias = None if module.bias is None else module.bias.detach()
+        bias = None if module.bias is None else module.bias.detach().float()
         pairs.append(
             LayerPair(
                 layer=layer,
@@ -222,7 +230,7 @@ def layer_pairs(
                 unit=unit[layer].to(device),
                 groups=counts[layer],
                 patches=torch.cat(patches[layer]),
-                weight=module.weight.detach(),
+                weight=module.weight.detach().float(),
                 bias=bias,
             )
         )
@@ -270,13 +278,13 @@ def scaled_weights(model: nn.Module, layer: str, weights: str = "absolute") -> T
     the least and largest entry of the whole state dict (source: code; strongly negative weights then count least)."""
     if weights not in WEIGHTS:
         raise unknown("weight scaling", weights, WEIGHTS)
-    weight = model.get_submodule(layer).weight.detach()
+    weight = model.get_submodule(layer).weight.detach().float()
     if weights == "absolute":
         weight = weight.abs()
         low, high = weight.min(), weight.max()
     else:
         state = [v for v in model.state_dict().values() if v.is_floating_point()]
-        low, high = min(v.min() for v in state), max(v.max() for v in state)
+        low, high = min(v.min().float() for v in state), max(v.max().float() for v in state)
     return (weight - low) / (high - low).clamp_min(1e-30)
 
 
@@ -522,7 +530,8 @@ def filter_masks(model: nn.Module, graph: LayerGraph, share: float) -> Masks:
 @dataclass(frozen=True)
 class SnacsPruning:
     """masks: over all layers. scores, limits, protected: per pruned layer. report: sparsity, one row a layer (layer,
-    parents, groups, gamma, protected, pruned, ...), filters that lost every connection, layers not pruned, notes."""
+    parents, groups, gamma, protected, pruned, ...), filters that lost every connection, layers not pruned, the share
+    of weights that were 0 before (in layers with more than 1 %), notes."""
 
     masks: Masks
     scores: dict[str, Tensor]
@@ -544,26 +553,30 @@ def snacs_prune(
     rule: str = "first",
     estimator: str = "acmi",
     residual: str = "all",
+    graph: LayerGraph | None = None,
     **options: Any,
 ) -> SnacsPruning:
     """SNACS in one call: activations, scores, limits, sensitivity, masks. The model is not changed.
 
     model: any traceable network of Conv2d and Linear layers. batches: (images, labels) as the model takes them, some
     200 a class, not augmented. delta: share of all connections that is asked to go, in [0, 1]; limits and protection
-    take less. groups: see `group_count`. estimator: "acmi" or "mint". options: those of `acmi` (conditioning, linear,
-    scales, ...). Apply the masks with `apply_masks`, then fine-tune holding them.
+    take less. groups: see `group_count`. estimator: "acmi" or "mint". graph: a layer graph made before, the way out
+    for a network that cannot be traced (`layer_graph(..., leaf_modules=...)` or `parents=...`). options: those of
+    `acmi` (conditioning, linear, scales, ...). Apply the masks with `apply_masks`, then fine-tune holding them.
     Raises ValueError for a delta outside [0, 1], unknown names, groups that do not divide (naming layer and divisors),
-    a class without images, a network without a pair of layers; warns when there are too few images.
+    a class without images, a network without a pair of layers or that cannot be traced, weights that torch's own
+    pruning holds; warns when there are too few images.
     """
     check_delta(delta)
     estimators = {"acmi": acmi, "mint": mint_gmi}
     if estimator not in estimators:
         raise unknown("estimator", estimator, estimators)
+    check_plain(model)
     batches = iter(batches)
     first = next(batches, None)
     if first is None:
         raise ValueError("SNACS needs images: got no batch at all")
-    graph = layer_graph(model, first[0][:1].to(next(model.parameters()).device), residual=residual)
+    graph = graph or layer_graph(model, first[0][:1].to(next(model.parameters()).device), residual=residual)
     pairs, labels = layer_pairs(model, chain([first], batches), groups=groups, graph=graph)
     scores = connection_scores(
         model, pairs, phi=phi, weights=weights, estimator=estimators[estimator], **options
@@ -572,7 +585,8 @@ def snacs_prune(
     protected = protected_groups(pairs, sensitivity(model, graph, weights=weights), protected_fraction)
     kept = kept_blocks(scores, delta, limits, protected)
     masks = block_masks(graph, model, pairs, kept)
-    return SnacsPruning(masks, scores, limits, protected, pruning_report(graph, pairs, masks, kept, limits, protected))
+    report = pruning_report(graph, pairs, masks, kept, limits, protected)
+    return SnacsPruning(masks, scores, limits, protected, report | {"zero_before": zero_before(model, graph.layers)})
 
 
 def pruning_report(

@@ -27,9 +27,12 @@ from gcnet.graph import LayerGraph, layer_graph
 from gcnet.hybrid import Role, mixing_exponent, split
 from gcnet.interop import check_plain
 from gcnet.pruning import Masks, weight_name
+from gcnet.snacs import LayerPair, connection_scores
 from gcnet.store import write_json
 
 RANKINGS = ("layer", "global")
+# How far the smaller network's outputs may be from the masked one's, relative to the largest output (at least 1).
+SAME = 1e-5
 
 # {module: {"out": kept output channels, "in": kept input channels}}; normalisation layers have "out" alone.
 Channels = dict[str, dict[str, list[int]]]
@@ -78,6 +81,29 @@ def ghost_filter_scores(model: nn.Module, graph: LayerGraph, connectivity: Mappi
     return scores
 
 
+def snacs_filter_scores(
+    model: nn.Module,
+    graph: LayerGraph,
+    pairs: Sequence[LayerPair],
+    scores: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """{layer: (C_out,)}: SNACS's block scores as filter scores, for `structured_prune(..., scores=...)`.
+
+    pairs: from `gcnet.snacs.layer_pairs`. scores: {layer: (child groups, parent groups)}, measured on the pairs if not
+    given. Every connection gets its block's score; then as in `ghost_filter_scores`. Choice (SNACS prunes blocks).
+    Raises ValueError when blocks do not fit their layer.
+    """
+    scores = connection_scores(model, pairs) if scores is None else scores
+    matrices = {}
+    for pair in pairs:
+        blocks = scores.get(pair.layer)
+        if blocks is None or tuple(blocks.shape) != pair.groups:
+            found = "none" if blocks is None else tuple(blocks.shape)
+            raise ValueError(f"block scores of layer '{pair.layer}' are {found}; its groups are {pair.groups}")
+        matrices[pair.layer] = pair.matrix(blocks)
+    return ghost_filter_scores(model, graph, matrices)
+
+
 def weight_filter_scores(model: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
     """{layer: (C_out,)}: mean |weight| of each filter. Source: L1 norm of filters, arXiv 1608.08710."""
     weights = {layer: model.get_submodule(layer).weight.detach() for layer in layers}
@@ -107,12 +133,29 @@ def filter_scores(
         raise ValueError(f"no connectivity is given for the guided layers {missing}")
     direct = weight_filter_scores(model, graph.layers)
     scores = {layer: ghost[layer] if role == "guided" else direct[layer] for layer, role in plan.items()}
+    return _of_mean_one(scores), plan
+
+
+def _of_mean_one(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, score in scores.items():
         if not bool(torch.isfinite(score).all()):
             raise FloatingPointError(
                 f"'{weight_name(name)}': weights or filter scores are not finite (NaN or infinity)"
             )
-    return {layer: score / score.mean() if score.mean() > 0 else score for layer, score in scores.items()}, plan
+    return {layer: score / score.mean() if score.mean() > 0 else score for layer, score in scores.items()}
+
+
+def _given_scores(
+    model: nn.Module, graph: LayerGraph, given: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Role]]:
+    """As `filter_scores`, of scores that are there: a layer without any is scored by |weight|."""
+    for layer, score in given.items():
+        if layer not in graph.layers:
+            raise unknown("layer", layer, graph.layers)
+        if tuple(score.shape) != (graph.out_channels[layer],):
+            raise ValueError(f"scores of layer '{layer}' are {tuple(score.shape)}; it has {graph.out_channels[layer]}")
+    scores = weight_filter_scores(model, graph.layers) | {k: v.detach().double().cpu() for k, v in given.items()}
+    return _of_mean_one(scores), {layer: "guided" if layer in given else "direct" for layer in graph.layers}
 
 
 class GhostImportance:
@@ -496,7 +539,8 @@ def _resize_module(module: nn.Module, kept: Mapping[str, Tensor]) -> None:
 @dataclass(frozen=True)
 class StructuredPruning:
     """network: the smaller network, of the model's own class. masks: what was removed, over the dense parameters.
-    channels: kept channels of every resized module. plan: role of each layer. connectivity: the ghost's matrices.
+    channels: kept channels of every resized module. plan: role of each layer ("guided" also where `scores` were given).
+    connectivity: the ghost's matrices.
     report: macs and parameters, dense and now, one row a layer, layers whose filters stay and why."""
 
     network: nn.Module
@@ -582,6 +626,7 @@ def structured_prune(
     ranking: str = "layer",
     round_to: int = 1,
     importance: Importance | None = None,
+    scores: Mapping[str, Tensor] | None = None,
     connectivity: dict[str, Tensor] | None = None,
     graph: LayerGraph | None = None,
     freeze: Sequence[str] = (),
@@ -590,15 +635,17 @@ def structured_prune(
     """A smaller network: whole filters removed until at most a share of the multiply-accumulates is left.
 
     model: any traceable network; it is not changed. batches: (images, labels) as the model takes them; with
-    hybrid="direct" or an importance only the first image is used. macs: share of the dense MACs left, in (0, 1].
+    hybrid="direct", an importance or scores only the first image is used. macs: share of the dense MACs left, (0, 1].
     hybrid: which layers' filters the ghost scores, the others are scored by mean |weight|. ranking: "layer" = every
     group of coupled filters loses the same share, so all scores give networks of one size (choice); "global" = one
     ranking over all groups. round_to: filters are kept in multiples of this, fast on most hardware at 8 or 16.
     importance: any torch-pruning importance instead of the hybrid (Taylor's gradients are taken from `model`).
+    scores: {layer: (C_out,)} of your own instead of both, low = goes first, such as `snacs_filter_scores`; each layer's
+    are scaled to mean 1, layers without any are scored by mean |weight|.
     connectivity, graph: measured before. freeze: layers that keep all filters.
     A layer's filters stay where removing them would not be the same as setting them to 0 (LayerNorm, activations that
     are not 0 at 0), at the output, and in layers called twice; the report lists them. The smaller network's outputs
-    are checked to equal those of the masked network.
+    are checked to equal those of the masked network (to 1e-5 of the largest, rounding).
     Raises ValueError for values out of range, unknown names, a share that cannot be reached, weights held by torch's
     own pruning, and a network that torch-pruning cannot cut; ImportError without torch-pruning.
     """
@@ -608,6 +655,8 @@ def structured_prune(
         raise unknown("ranking", ranking, RANKINGS)
     if round_to < 1:
         raise ValueError(f"round_to {round_to} is below 1")
+    if importance is not None and scores is not None:
+        raise ValueError("give an importance or scores, not both")
     torch_pruning()
     check_plain(model)
     batches = iter(batches)
@@ -617,8 +666,9 @@ def structured_prune(
     example = first[0][:1].to(next(model.parameters()).device)
     graph = graph or layer_graph(model, example)
     plan: dict[str, Role] = dict.fromkeys(graph.layers, "direct")
-    scores: dict[str, Tensor] = {}
-    if importance is None:
+    if scores is not None:
+        scores, plan = _given_scores(model, graph, scores)
+    elif importance is None:
         if "guided" in split(graph, hybrid).values() and connectivity is None:
             connectivity = measure_connectivity(
                 model, chain([first], batches), similarity=similarity, graph=graph, seed=seed
@@ -626,7 +676,7 @@ def structured_prune(
         scores, plan = filter_scores(model, graph, connectivity, hybrid=hybrid)
     scratch, example = _scratch(model, example)
     dependencies, groups, frozen = _groups(scratch, example, graph, freeze)
-    importance = importance or GhostImportance(scratch, scores)
+    importance = importance or GhostImportance(scratch, scores or {})
     unit_scores = [_unit_scores(importance, group) for group in groups]
     dense = cost.layer_macs(scratch, example)
     total = sum(dense.values())
@@ -674,7 +724,13 @@ def _masked_output(scratch: nn.Module, masks: Masks, example: Tensor) -> list[Te
     for name, parameter in masked.named_parameters():
         if name in masks:
             parameter.mul_(masks[name].to(parameter.device))
-    return _tensors(masked(_noise(example)))
+    return _exact(masked, example)
+
+
+def _exact(network: nn.Module, example: Tensor) -> list[Tensor]:
+    """Outputs for noise shaped like the example, in full float32 on GPUs too."""
+    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        return _tensors(network(_noise(example)))
 
 
 def _noise(example: Tensor) -> Tensor:
@@ -710,14 +766,14 @@ def _remove(dependencies: Any, groups: list[_Group], kept: list[Tensor], channel
 @torch.no_grad()
 def _check_same(network: nn.Module, example: Tensor, expected: list[Tensor]) -> None:
     try:
-        found = _tensors(network(_noise(example)))
+        found = _exact(network, example)
     except Exception as error:
         raise ValueError(
             f"the smaller network does not run: {error}; freeze=(layers,) leaves layers as they are"
         ) from error
     for ours, theirs in zip(found, expected, strict=True):
         gap = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1))
-        if not gap <= 1e-4:
+        if not gap <= SAME:
             raise ValueError(
                 f"the smaller network's output differs from the masked network's by {gap:.2g}: some operation treats "
                 "removed filters in another way than filters of 0; freeze=(layers,) leaves layers as they are"

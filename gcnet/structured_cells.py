@@ -11,11 +11,17 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from gcnet import cells, cost, data
+from gcnet import cells, cost, data, snacs_cells
 from gcnet.claims import Comparison, judged
 from gcnet.evaluation import bootstrap, score
 from gcnet.store import Store, read_json, write_json
-from gcnet.structured import StructuredPruning, load_structured, structured_prune, torch_pruning
+from gcnet.structured import (
+    StructuredPruning,
+    load_structured,
+    snacs_filter_scores,
+    structured_prune,
+    torch_pruning,
+)
 from gcnet.study import Study
 from gcnet.training import train
 
@@ -27,7 +33,7 @@ PEERS = {"tp_magnitude": "magnitude (torch-pruning)", "tp_taylor": "Taylor (torc
 
 @dataclass(frozen=True)
 class StructuredCell:
-    """One smaller network: method (a hybrid, or a torch-pruning importance), share of MACs left, seed."""
+    """One smaller network: method (a hybrid, "snacs", or a torch-pruning importance), share of MACs left, seed."""
 
     method: str
     macs: float
@@ -36,6 +42,11 @@ class StructuredCell:
     @property
     def is_dense(self) -> bool:
         return self.method == "none"
+
+
+def by_ghost(method: str) -> bool:
+    """Whether a method needs connectivity."""
+    return method not in PEERS and method not in ("none", "direct", "snacs")
 
 
 def structured_cells(study: Study) -> list[StructuredCell]:
@@ -79,15 +90,19 @@ def smaller(study: Study, cell: StructuredCell) -> StructuredPruning:
     }
     if cell.method in PEERS:
         return structured_prune(net[1], batches, importance=_importance(study, cell, net), **common)
+    if cell.method == "snacs":
+        pairs, _, graph = snacs_cells.pairs_of(study, net, snacs_cells.few(study))
+        blocks = snacs_cells.analysis(study, cell.seed).scores
+        return structured_prune(net[1], batches, scores=snacs_filter_scores(net[1], graph, pairs, blocks), **common)
     matrices = {}
-    if cell.method != "direct":
+    if by_ghost(cell.method):
         matrices = cells.connectivity_matrices(study, cell.seed, study.structured_similarity)
     return structured_prune(net[1], batches, hybrid=cell.method, connectivity=matrices, **common)
 
 
 def _inputs(study: Study, cell: StructuredCell) -> dict[str, Any]:
-    guided = cell.method not in PEERS and cell.method != "direct"
-    similarity = study.structured_similarity
+    guided, similarity = by_ghost(cell.method), study.structured_similarity
+    snacs = {"snacs": Store.key("snacs_scores", snacs_cells.scores_inputs(study, cell.seed))}
     return {
         "version": VERSIONS["structured"],
         "dense": Store.key("dense", cells.dense_inputs(study, cell.seed)),
@@ -100,6 +115,7 @@ def _inputs(study: Study, cell: StructuredCell) -> dict[str, Any]:
         "finetune_epochs": study.structured_finetune_epochs,
         "finetune_lr": study.structured_finetune_lr,
         "precision": cells.precision(study),
+        **(snacs if cell.method == "snacs" else {}),
     }
 
 
@@ -243,13 +259,13 @@ def shift_table(study: Study) -> pd.DataFrame:
 
 
 def claims_table(study: Study, shifts: pd.DataFrame, margin: float = 0.005) -> pd.DataFrame:
-    """structured_claims.csv, with the columns of claims.csv: each hybrid of the ghost against each other method.
+    """structured_claims.csv, with the columns of claims.csv: each hybrid of the ghost against |weight| and the peers.
 
     Differences in accuracy under shift at the same share of MACs, seed, shift and severity. margin: the loss that
     "at least as accurate" tolerates.
     """
-    ours = [m for m in study.structured_methods if m not in PEERS and m != "direct"]
-    others = [m for m in study.structured_methods if m not in ours]
+    ours = [m for m in study.structured_methods if by_ghost(m)]
+    others = [m for m in study.structured_methods if m not in (*ours, "snacs")]
     compared = []
     for share in study.structured_macs:
         part = shifts[(shifts.severity > 0) & (shifts.macs_share == share)]
@@ -279,6 +295,8 @@ def run_connectivity(study: Study, seed: int) -> str:
 
 def stages(study: Study) -> Iterator[tuple[str, list[tuple]]]:
     """What notebook 10 needs. The latency is measured by the notebook itself: alone, with all threads."""
-    if any(m not in PEERS and m != "direct" for m in study.structured_methods):
+    if any(by_ghost(m) for m in study.structured_methods):
         yield "connectivity", [(run_connectivity, study, seed) for seed in study.seeds]
+    if "snacs" in study.structured_methods:
+        yield "SNACS scores and limits", [(snacs_cells.run_analysis, study, seed) for seed in study.seeds]
     yield "smaller networks", [(run_structured, study, cell) for cell in structured_cells(study)]

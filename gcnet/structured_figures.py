@@ -14,16 +14,18 @@ from matplotlib.ticker import PercentFormatter
 from gcnet.figures import COLORS, DIRECT_COLOR, GUIDED_COLOR, MARKERS
 from gcnet.structured_cells import PEERS
 
-_PEER_LOOK = {"tp_magnitude": ("#009E73", "P"), "tp_taylor": ("#CC79A7", "X"), "tp_random": ("#999999", "d")}
+_LOOK = {"snacs": ("#8C510A", "v"), "tp_magnitude": ("#009E73", "P"), "tp_taylor": ("#CC79A7", "X"),
+         "tp_random": ("#999999", "d")}  # fmt: skip
+_NAMES = {"none": "dense", "direct": "direct, |weight|", "snacs": "SNACS blocks", **PEERS}
 
 
 def method_name(method: str) -> str:
     """How a method is called in a legend."""
-    return {"none": "dense", "direct": "direct, |weight|"}.get(method, PEERS.get(method, f"ghost {method}"))
+    return _NAMES.get(method, f"ghost {method}")
 
 
 def _look(method: str) -> dict[str, Any]:
-    color, marker = _PEER_LOOK.get(method, (COLORS.get(method, "#F0E442"), MARKERS.get(method, "D")))
+    color, marker = _LOOK.get(method, (COLORS.get(method, "#F0E442"), MARKERS.get(method, "D")))
     return {"color": color, "marker": marker}
 
 

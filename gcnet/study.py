@@ -151,7 +151,7 @@ class Study(BaseModel):
     structured_macs: tuple[float, ...] = Field((0.7, 0.5), description="shares of the dense network's MACs left")
     structured_methods: tuple[str, ...] = Field(
         ("direct", "B25", "Full", "tp_magnitude", "tp_taylor"),
-        description="how filters are scored: hybrids of the ghost with mean |weight|, or torch-pruning's importances",
+        description="how filters are scored: hybrids of the ghost, torch-pruning's importances (tp_*), or snacs",
     )
     structured_similarity: str = "pearson"
     structured_ranking: Literal["layer", "global"] = "layer"
@@ -300,7 +300,7 @@ class Study(BaseModel):
                 raise ValueError(f"unknown hybrid '{name}' of guidance: it guides no layer (direct always runs)")
         check("SNACS method", self.snacs_methods, SNACS_METHODS)
         for name in self.structured_methods:
-            if name not in ("tp_magnitude", "tp_taylor", "tp_random"):
+            if name not in ("tp_magnitude", "tp_taylor", "tp_random", "snacs"):
                 side_and_share(name)
         check("variant", self.structured_latency_variants, VARIANTS)
         check("shift", self.shifts, [*CORRUPTIONS, "all"])

@@ -28,6 +28,8 @@ from gcnet.dynamic import (
     start_heads,
     train_gated,
 )
+from gcnet.graph import TraceError, layer_graph
+from gcnet.interop import to_parametrize, to_torch_prune
 from gcnet.networks import NETWORKS, BasicBlock, build
 from gcnet.skipping import DynamicInference, Some, dense_layouts, fold_batchnorm
 from gcnet.training import Normalize, Recipe
@@ -206,6 +208,40 @@ def test_nothing_to_gate_and_unknown_names() -> None:
         gate(two_layers(), noise(1, size=8), layers=["8"])
     with pytest.raises(ValueError, match="head_pool"):
         gate(two_layers(), noise(1, size=8), head_pool="median")
+
+
+class Branching(nn.Module):
+    """A module that cannot be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) if x.mean() > -1e9 else x
+
+
+def test_a_graph_made_before() -> None:
+    model, x = two_layers(), noise(2, size=8)
+    model.insert(3, Branching())
+    with pytest.raises(TraceError, match="Hand the graph on as graph="):
+        gate(model, x[:1])
+    gated = gate(model, x[:1], graph=layer_graph(model, x, leaf_modules=(Branching,)))
+    assert gated.layers == ("0", "4") and any("3.conv is not gated" in note for note in gated.notes)
+    with gated.forced():
+        torch.testing.assert_close(gated(x), model(x))
+    rows = estimate_flops(model, [(x, None)], [0.5], graph=layer_graph(model, x, leaf_modules=(Branching,)))
+    assert 0 < rows.reduction.iloc[0] < 1
+    with pytest.raises(ValueError, match=r"gates need a traced network.*leaf_modules"):
+        gate(model, x[:1], graph=layer_graph(model, x, parents={"4": ["0"], "9": ["4"]}))
+
+
+@pytest.mark.parametrize("hold", [to_torch_prune, to_parametrize])
+def test_weights_held_elsewhere_are_refused(hold) -> None:
+    model = two_layers()
+    hold(model, {"3.weight": torch.ones(6, 4, 3, 3, dtype=torch.bool)})
+    with pytest.raises(ValueError, match=r"weights of '3' are held by torch\.nn\.utils"):
+        gate(model, noise(1, size=8))
 
 
 def test_only_the_layers_asked_for() -> None:

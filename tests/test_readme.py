@@ -94,16 +94,19 @@ def test_networks_that_do_not_work_stand_with_their_reason(tmp_path: Path, monke
     assert "No network" in readme.zoo()
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "zoo.csv").write_text(
-        "library,network,masks,structured\n"
-        "torchvision,resnet18,yes,yes\n"
-        "torchvision,shuffle_a,yes,no: it mixes channels (chunk); masks still work\n"
-        "torchvision,shuffle_b,yes,no: it mixes channels (view); masks still work\n"
-        "torchvision,vast,not tried: 700 million parameters,\n"
-        "timm,odd,no: cannot be traced,\n"
+        "library,network,masks,snacs,structured\n"
+        "torchvision,resnet18,yes,yes,yes\n"
+        "torchvision,shuffle_a,yes,no: no layer has a parent,no: it mixes channels (chunk); masks still work\n"
+        "torchvision,shuffle_b,yes,yes,no: it mixes channels (view); masks still work\n"
+        "torchvision,vast,not tried: 700 million parameters,,\n"
+        "timm,odd,no: cannot be traced,,\n"
     )
     text = readme.zoo()
-    assert "- torchvision: of 3 networks tried, masks work on 3, smaller networks came from 1." in text
-    assert "- timm: of 1 networks tried, masks work on 0" in text and "vast" not in text
+    told = (
+        "- torchvision: of 3 networks tried, the ghost's masks work on 3, SNACS's on 2, smaller networks came from 1."
+    )
+    assert told in text and "| shuffle_a | SNACS | no layer has a parent |" in text
+    assert "- timm: of 1 networks tried, the ghost's masks work on 0" in text and "vast" not in text
     assert "| shuffle_a, shuffle_b | smaller network | it mixes channels |" in text
     assert "| odd | masks | cannot be traced |" in text
 

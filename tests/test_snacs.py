@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from gcnet import apply_masks, layer_graph, networks, remove_filters, silenced, snacs_prune, sparsity
 from gcnet.cost import macs, parameters
+from gcnet.graph import TraceError
+from gcnet.interop import to_parametrize, to_torch_prune
 from gcnet.pruning import Masks, weight_name
 from gcnet.snacs import (
     GRID,
@@ -126,6 +128,25 @@ def test_parents_are_what_feeds_a_layer() -> None:
     with torch.no_grad():  # a sum: what the layer receives
         received = model.features[:4](images()[0][0]).mean((2, 3))
     assert torch.allclose(joined.parent[:20], received, atol=1e-5)
+
+
+class Biased(nn.Module):
+    """A part that sees a table and no image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.arange(5.0)[:, None])
+        self.a, self.b, self.first, self.last = (nn.Linear(*s) for s in ((1, 8), (8, 4), (4, 8), (8, 4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(x))) + self.b(torch.relu(self.a(self.table))).sum(0)
+
+
+def test_layers_that_see_no_image_are_left_out() -> None:
+    _, batches = separable()
+    torch.manual_seed(0)
+    found = snacs_prune(Biased(), batches, delta=0.5)
+    assert list(found.scores) == ["last"] and set(found.report["not_scored"]) == {"a", "b", "first"}
 
 
 def test_a_flattened_map_is_one_parent_a_filter() -> None:
@@ -308,6 +329,75 @@ def test_bad_input() -> None:
         snacs_prune(model, batches, estimator="mintt")
     with pytest.raises(FloatingPointError, match="not finite"):
         snacs_prune(model, [(x / 0, y)])
+
+
+class Branching(nn.Module):
+    """Cannot be traced: its course depends on a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.a, self.b, self.head = (nn.Linear(a, b) for a, b in ((4, 8), (8, 4), (8, 4), (8, 4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        if x.mean() > -1:
+            x = torch.relu(torch.cat([self.a(x), self.b(x)], 1))
+        return self.head(x)
+
+
+def test_a_graph_made_before() -> None:
+    _, batches = separable()
+    torch.manual_seed(0)
+    model = Branching()
+    with pytest.raises(TraceError, match="Hand the graph on as graph="):
+        snacs_prune(model, batches)
+    graph = layer_graph(model, batches[0][0], parents={"a": ["first"], "b": ["first"], "head": ["a", "b"]})
+    found = snacs_prune(model, batches, delta=0.6, graph=graph)
+    assert [row["parents"] for row in found.report["layers"]] == ["first", "first", "a + b"]
+    assert 0 < found.report["sparsity"] < 0.6 and found.report["not_scored"] == ["first"]
+    chain, batches = separable()
+    mine = snacs_prune(chain, batches, delta=0.5, graph=layer_graph(chain, batches[0][0]))
+    assert all(torch.equal(mine.masks[k], mask) for k, mask in snacs_prune(chain, batches, delta=0.5).masks.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_give_nearly_the_same(dtype: torch.dtype) -> None:
+    model, batches = network(), images(60)
+    options = {"delta": 0.6, "groups": 4, "protected_fraction": 0.1}
+    whole = snacs_prune(model, batches, **options)
+    other = model.to(dtype).train()
+    state = {key: value.clone() for key, value in other.state_dict().items()}
+    found = snacs_prune(other, [(x.to(dtype), y) for x, y in batches], **options)
+    assert all(module.training for module in other.modules())
+    assert all(torch.equal(value, state[key]) for key, value in other.state_dict().items())
+    same = torch.cat([(mask == found.masks[name]).flatten() for name, mask in whole.masks.items()])
+    assert same.float().mean() > (0.9 if dtype == torch.bfloat16 else 0.98)
+    apply_masks(other, found.masks)
+    constant = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).to(dtype)
+    nn.init.constant_(constant[1].weight, 0.5)
+    assert bool(torch.isfinite(scaled_weights(constant, "1")).all())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_model_on_another_device() -> None:
+    model, batches = separable()
+    here, there = snacs_prune(model, batches, delta=0.5), snacs_prune(model.cuda(), batches, delta=0.5)
+    assert all(mask.is_cuda and torch.equal(mask.cpu(), here.masks[name]) for name, mask in there.masks.items())
+
+
+@pytest.mark.parametrize("hold", [to_torch_prune, to_parametrize])
+def test_weights_held_elsewhere_are_refused(hold) -> None:
+    model, batches = separable()
+    hold(model, {"layers.1.weight": torch.eye(4, dtype=torch.bool)})
+    with pytest.raises(ValueError, match=r"weights of 'layers\.1' are held by torch\.nn\.utils"):
+        snacs_prune(model, batches)
+
+
+def test_weights_that_are_0_already_are_reported() -> None:
+    model, batches = separable()
+    assert snacs_prune(model, batches, delta=0.5).report["zero_before"] == {"layers.0": 0.75}
+    model.layers[2].weight.data[:, 1] = 0
+    assert snacs_prune(model, batches, delta=0.5).report["zero_before"] == {"layers.0": 0.75, "layers.2": 0.25}
 
 
 def test_a_pair_with_nothing_to_prune_is_kept_and_said() -> None:

@@ -17,12 +17,14 @@ from gcnet.cost import macs
 from gcnet.graph import TraceError, layer_graph
 from gcnet.interop import from_parametrize, from_torch_prune, to_parametrize, to_torch_prune
 from gcnet.pruning import Masks, apply_masks
+from gcnet.snacs import layer_pairs
 from gcnet.structured import (
     GhostImportance,
     filter_scores,
     ghost_filter_scores,
     load_structured,
     resize,
+    snacs_filter_scores,
     structured_masks,
     structured_prune,
     weight_filter_scores,
@@ -32,6 +34,7 @@ from gcnet.training import Recipe
 
 tp = pytest.importorskip("torch_pruning", reason="extra `structured` is not installed")
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*(images are fewer|parent filters)")
 LABELS = torch.arange(6) % 2
 
 
@@ -108,6 +111,44 @@ def test_columns_of_a_grouped_layer_belong_to_their_group() -> None:
     graph = layer_graph(model, torch.zeros(1, 1, 2, 2))
     matrix = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]])
     assert ghost_filter_scores(model, graph, {"1": matrix})["0"].tolist() == [2.0, 3.0, 6.0, 7.0]
+
+
+def test_snacs_blocks_spread_over_filters_by_hand() -> None:
+    model = chain()
+    x = torch.randn(16, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    graph = layer_graph(model, x)
+    pairs, _ = layer_pairs(model, [(x, torch.arange(16) % 2)], groups={"2": 1, "0": 2, "5": 2}, graph=graph)
+    assert [(pair.layer, pair.groups) for pair in pairs] == [("2", (1, 2)), ("5", (2, 1))]
+    blocks = {"2": torch.tensor([[1.0, 3.0]]), "5": torch.tensor([[2.0], [4.0]])}
+    scores = snacs_filter_scores(model, graph, pairs, blocks)
+    assert scores["0"].tolist() == [1.0, 3.0]  # only columns: nothing feeds it
+    assert scores["2"].tolist() == [(2 + 3) / 2] * 3  # row mean 2, columns of the next layer mean 3
+    assert scores["5"].tolist() == [2.0, 4.0]
+    with pytest.raises(ValueError, match=r"block scores of layer '5' are \(1, 2\); its groups are \(2, 1\)"):
+        snacs_filter_scores(model, graph, pairs, {**blocks, "5": torch.ones(1, 2)})
+    with pytest.raises(ValueError, match="block scores of layer '5' are none"):
+        snacs_filter_scores(model, graph, pairs, {"2": blocks["2"]})
+
+
+def test_a_network_cut_by_snacs_scores() -> None:
+    model, x = joined(), torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    data = [(x, torch.arange(24) % 3)]
+    graph = layer_graph(model, x)
+    scores = snacs_filter_scores(model, graph, layer_pairs(model, data, groups=2, graph=graph)[0])
+    found = structured_prune(model, data, macs=0.5, scores=scores, graph=graph)
+    masked = apply_masks(copy.deepcopy(model), found.masks)
+    assert torch.allclose(found.network(x), masked(x), atol=1e-5)
+    assert {layer for layer, role in found.plan.items() if role == "guided"} == set(scores)
+    assert 0.3 < found.report["macs"] / found.report["macs_dense"] <= 0.5
+
+
+def test_given_scores_decide() -> None:
+    model = joined()
+    found = structured_prune(model, batches(8), macs=0.6, scores={"linear": torch.arange(10.0)})
+    kept = found.channels["linear"]["out"]
+    assert kept == list(range(10 - len(kept), 10)) and len(kept) < 10
+    direct = structured_prune(model, batches(8), macs=0.6, hybrid="direct")
+    assert found.channels["stem.0"] == direct.channels["stem.0"] and found.plan["point"] == "direct"
 
 
 def test_hybrids_score_guided_layers_by_the_ghost_and_the_rest_by_weights() -> None:
@@ -311,6 +352,9 @@ def test_masks_of_another_network_are_refused() -> None:
         ({"freeze": ("pointt",)}, "unknown layer 'pointt'; did you mean 'point'"),
         ({"macs": 0.9, "round_to": 256}, "groups no wider than round_to stay whole"),
         ({"macs": 1e-4}, "cannot be reached, the least is"),
+        ({"scores": {"pointt": torch.ones(8)}}, "unknown layer 'pointt'; did you mean 'point'"),
+        ({"scores": {"point": torch.ones(9)}}, r"scores of layer 'point' are \(9,\); it has 8"),
+        ({"scores": {}, "importance": lambda _: torch.ones(1)}, "give an importance or scores, not both"),
     ],
 )
 def test_bad_arguments(options: dict, told: str) -> None:
@@ -354,6 +398,26 @@ def test_what_cannot_go_stays_and_is_listed() -> None:
     assert "free" not in frozen and len(found.channels["free"]["out"]) < 8
     with pytest.raises(ValueError, match="cannot be reached"):
         structured_prune(model, batches(8), macs=0.1, hybrid="direct")
+
+
+def test_outputs_that_differ_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gcnet import structured
+
+    exact = structured._exact
+    for gap, fine in ((9e-6, True), (1.2e-5, False)):
+        calls = []
+
+        def shifted(network: nn.Module, example: Tensor, calls: list = calls, gap: float = gap) -> list[Tensor]:
+            calls.append(network)
+            outputs = exact(network, example)
+            return [out + gap * float(out.abs().max().clamp_min(1)) * (len(calls) > 1) for out in outputs]
+
+        monkeypatch.setattr(structured, "_exact", shifted)
+        if fine:
+            structured_prune(joined(), batches(8), macs=0.6, hybrid="direct")
+        else:
+            with pytest.raises(ValueError, match=r"output differs from the masked network's by 1\.2e-05"):
+                structured_prune(joined(), batches(8), macs=0.6, hybrid="direct")
 
 
 def test_frozen_on_request() -> None:
@@ -492,9 +556,9 @@ def test_an_operation_that_mixes_channels_keeps_its_filters() -> None:
 STUDY = Study.create(
     study="small", dataset="digits", channels=1, network="resnet20", width=0.25, seeds=[0, 1], epochs=1, batch_size=40,
     train_images=120, crop_padding=0, flip=False, shifts=["contrast"], severities=[1], shift_images=30, device="cpu",
-    precision="float32", structured_macs=[0.6], structured_methods=["direct", "B25", "tp_magnitude", "tp_taylor"],
-    structured_finetune_epochs=1, structured_latency_batches=[2], structured_latency_variants=["float32"],
-    structured_round_to=1,
+    precision="float32", structured_macs=[0.6], structured_finetune_epochs=1, structured_round_to=1,
+    structured_methods=["direct", "B25", "snacs", "tp_magnitude", "tp_taylor"], structured_latency_batches=[2],
+    structured_latency_variants=["float32"], snacs_images=3, snacs_groups=4,
 )  # fmt: skip
 
 
@@ -507,18 +571,31 @@ def test_a_study_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("train", "structured_prune", "score"):
         monkeypatch.setattr(sc, name, lambda *_, **__: pytest.fail("this was computed before"))
     table = sc.accuracy_table(STUDY)
-    assert len(table) == 2 * 5 and set(table.method) == {"none", *STUDY.structured_methods}
+    assert len(table) == 2 * 6 and set(table.method) == {"none", *STUDY.structured_methods}
     smaller = table[table.method != "none"]
     assert smaller.macs.nunique() == 1 and (smaller.macs <= 0.6 * table.macs.max()).all()
     shifts = sc.shift_table(STUDY)
     assert list(shifts) == ["method", "macs_share", "seed", "shift", "severity", "accuracy", "ece"]
     claims = sc.claims_table(STUDY, shifts)
-    assert len(claims) == 3 and {"claim", "estimate", "ci_low", "ci_high", "n", "verdict"} <= set(claims)
+    assert len(claims) == 3 and not claims.measure.str.contains("snacs").any()
+    assert {"claim", "estimate", "ci_low", "ci_high", "n", "verdict"} <= set(claims)
     rows = sc.structured_latency_rows(STUDY)
     assert [row["network"] for row in rows] == ["dense", "direct at 60%"]
     cell = sc.structured_cells(STUDY)[1]
     network = sc.structured_network(STUDY, cell)
     assert macs(network[1], torch.zeros(1, 1, 32, 32)) == sc.cell_result(STUDY, cell)["macs_left"]
+
+
+def test_what_a_cell_depends_on() -> None:
+    """The names that go into the keys of the methods that were there before SNACS's: others would be computed again."""
+    from gcnet import structured_cells as sc
+
+    known = {"version", "dense", "connectivity", "method", "macs", "seed", "ranking", "round_to", "finetune_epochs",
+             "finetune_lr", "precision"}  # fmt: skip
+    found = {m: sc._inputs(STUDY, sc.StructuredCell(m, 0.6, 0)) for m in STUDY.structured_methods}
+    assert all(set(inputs) == known for method, inputs in found.items() if method != "snacs")
+    assert [m for m, inputs in found.items() if inputs["connectivity"]] == ["B25"]
+    assert set(found["snacs"]) == known | {"snacs"}
 
 
 def test_study_parameters_are_checked() -> None:
