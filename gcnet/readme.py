@@ -103,9 +103,13 @@ def zoo() -> str:
     """How many networks of each library work, and what does not and why."""
     file = paths.results("benchmarks") / "zoo.csv"
     if not file.is_file():
-        return "No network has been tried yet.\n"
+        return (
+            "`python -m benchmarks zoo` tries all of torchvision's classification networks and some of timm's on "
+            "random weights; it takes about an hour and has not been run for this version.\n"
+        )
     table = pd.read_csv(file, keep_default_na=False)
-    lines, rows = [], []
+    head = "Tried on random weights (`python -m benchmarks zoo`; [every network](results/benchmarks/zoo.csv)):\n"
+    lines, rows = [head], []
     for library, part in table.groupby("library", sort=False):
         tried = part[~part.masks.str.startswith("not tried")]
         ghost, snacs, smaller = (int((tried[what] == "yes").sum()) for what in ("masks", "snacs", "structured"))

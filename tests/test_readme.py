@@ -91,7 +91,7 @@ def test_every_study_named_exists() -> None:
 
 def test_networks_that_do_not_work_stand_with_their_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GCNET_RESULTS", str(tmp_path))
-    assert "No network" in readme.zoo()
+    assert "has not been run" in readme.zoo()
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "zoo.csv").write_text(
         "library,network,masks,snacs,structured\n"
