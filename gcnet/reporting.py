@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.collections import PathCollection, QuadMesh
 from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
@@ -124,10 +125,10 @@ def in_words(frame: pd.DataFrame) -> str:
 def drawn_in_words(figure: Figure, most: int = 900) -> str:
     """The panels of a figure as text: titles, axes, and from where to where each labelled series runs."""
     panels = []
-    for axis in (a for a in figure.axes if a.get_visible()):
+    for axis in (a for a in figure.axes if a.get_visible() and a.get_label() != "<colorbar>"):
         head = axis.get_title(loc="left") or axis.get_title() or axis.get_ylabel()
         axes = " against ".join(label for label in (axis.get_ylabel(), axis.get_xlabel()) if label)
-        series = map(_range_in_words, [*axis.lines, *axis.containers, *axis.images])
+        series = map(_range_in_words, [*axis.lines, *axis.containers, *axis.images, *axis.collections])
         values = ", ".join(dict.fromkeys(filter(None, series)))
         text = ": ".join(" ".join(part.split()) for part in (head, axes, values) if part)
         if text and text not in panels:
@@ -137,14 +138,16 @@ def drawn_in_words(figure: Figure, most: int = 900) -> str:
 
 
 def _range_in_words(artist: Any) -> str:
-    """'SNACS 54.2 to 81' of a labelled line, bars or error bars, '0.1 to 0.9' of an image; '' of anything else."""
+    """'SNACS 54.2 to 81' of a labelled line, bars or points, 'values 0 to 1' of a map; '' of anything else."""
     label = str(artist.get_label())
-    if isinstance(artist, AxesImage):
+    if isinstance(artist, (AxesImage, QuadMesh)):
         values, label = np.asarray(artist.get_array()), "values"
     elif isinstance(artist, BarContainer):
         values = np.array([patch.get_height() for patch in artist.patches])
     elif isinstance(artist, ErrorbarContainer):
         values = np.asarray(artist.lines[0].get_ydata(), dtype=float)
+    elif isinstance(artist, PathCollection):
+        values = np.asarray(artist.get_offsets(), dtype=float).reshape(-1, 2)[:, 1]
     elif isinstance(artist, Line2D) and len(artist.get_xdata()) > 1:
         values = np.asarray(artist.get_ydata(), dtype=float)
     else:
@@ -154,6 +157,15 @@ def _range_in_words(artist: Any) -> str:
         return ""
     low, high = _text(float(values.min())), _text(float(values.max()))
     return f"{label} {low}" if low == high else f"{label} {low} to {high}"
+
+
+def claims_in_words(judged: pd.DataFrame) -> str:
+    """Rows of claims.csv as text: 'gcnet-1, accuracy under shift, difference: B25 - direct, 80%: -0.035, supported'."""
+    return "; ".join(
+        f"{row.claim}, {row.measure}{f', {row.sparsity:.0%}' if row.sparsity else ''}: {row.estimate:+.3f}, "
+        f"{row.verdict.split(' ')[0]}"
+        for row in judged.itertuples()
+    )
 
 
 def to_markdown(frame: pd.DataFrame) -> str:

@@ -217,12 +217,15 @@ def test_an_alt_text_without_numbers_is_followed_by_what_is_drawn(
     figure, axes = plt.subplots(1, 2)
     axes[0].plot([1, 2], [10.0, 30.0], label="ours")
     axes[0].errorbar([1, 2], [5.0, 5.0], yerr=[1, 1], label="peer")
+    axes[0].scatter([1, 2], [1.0, 2.0], label="seeds")
     axes[0].set(title="clean", xlabel="removed, %", ylabel="accuracy, %")
     axes[1].imshow([[0.25, 0.5]])
     axes[1].set_title("map")
     study = Study.create(study="small")
     save_figure(figure, study, "fig06_x", alt="Accuracy.", about="random numbers")
     words = json.loads((tmp_path / "small" / "figures" / "fig06_x.json").read_text())["alt"]
-    assert words == ("Accuracy. clean: accuracy, % against removed, %: ours 10 to 30, peer 5; map: values 0.25 to 0.5")
+    assert words == (
+        "Accuracy. clean: accuracy, % against removed, %: ours 10 to 30, peer 5, seeds 1 to 2; map: values 0.25 to 0.5"
+    )
     assert figure.texts[-1].get_text() == "random numbers (study small)"
     plt.close(figure)
