@@ -152,3 +152,19 @@ def test_the_quick_ones_are_of_every_family() -> None:
     families = {name.split("_")[0].rstrip("0123456789") for name in QUICK}
     assert {"alexnet", "convnext", "densenet", "efficientnet", "mobilenet", "regnet", "shufflenet", "vgg"} <= families
     assert set(EVERY) >= QUICK
+
+
+@pytest.mark.filterwarnings("ignore:.*(images are fewer|parent filters)")
+@pytest.mark.parametrize("name", ["resnet10t", "mobilenetv3_small_050", "ghostnet_050", "convnext_atto"])
+def test_networks_of_timm_are_followed_and_pruned(name: str) -> None:
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    torch.manual_seed(0)
+    extra = {"zero_init_last": False} if name == "resnet10t" else {}  # a BatchNorm of zeros lets nothing through
+    model = timm.create_model(name, pretrained=False, num_classes=2, **extra).eval()
+    images, labels = torch.randn(12, 3, 32, 32), torch.arange(12) % 2
+    assert wrong_columns(model, images[:1], layer_graph(model, images, gates=True), per_layer=1) == []
+    graph = layer_graph(model, images)
+    assert gcnet.macs(model, images[:1]) > 0
+    ghost = gcnet.ghost_prune(model, [(images, labels)], pruner="l1", sparsity=0.5, hybrid="Full", graph=graph)
+    snacs = gcnet.snacs_prune(model, [(images, labels)], delta=0.5, groups=2, graph=graph)
+    assert gcnet.sparsity(ghost.masks) == pytest.approx(0.5, abs=1e-3) and gcnet.sparsity(snacs.masks) > 0
