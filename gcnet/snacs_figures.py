@@ -291,6 +291,7 @@ def truth(table: pd.DataFrame) -> Figure:
     for axis in axes[-1]:
         axis.set_xlabel("images")
     axes[0][-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.suptitle("Estimates of conditional information against the closed form", x=0.01, ha="left", fontsize=11)
     return figure
 
 
@@ -300,10 +301,12 @@ def score_maps(scores: Mapping[str, Tensor], numbers: Mapping[str, int], columns
         name: rho.flatten().argsort().argsort().view(rho.shape).double() / max(1, rho.numel() - 1)
         for name, rho in scores.items()
     }
-    return layer_maps(
+    figure = layer_maps(
         ranks, numbers, across="parent group", down="child group", label="rank within the layer", columns=columns,
         cmap="viridis", vmin=0, vmax=1,
     )  # fmt: skip
+    figure.suptitle("SNACS scores of every block, ranked within its layer", x=0.01, ha="left", fontsize=11)
+    return figure
 
 
 def limit_curves(
@@ -315,6 +318,12 @@ def limit_curves(
         axis.plot(100 * np.array(GRID), 100 * np.array(curve), color="#0072B2", lw=1.4)
         axis.axvline(100 * limits[name], color="#D55E00", lw=1.2)
         axis.set_title(f"layer {numbers[name]}: {100 * limits[name]:.0f} %", fontsize=9)
+    figure.suptitle(
+        "How far each layer may go: classes told from its activations as blocks are zeroed",
+        x=0.01,
+        ha="left",
+        fontsize=11,
+    )
     figure.supxlabel("blocks of the layer zeroed, % (line: limit)", fontsize=10)
     figure.supylabel("accuracy, %", fontsize=10)
     return figure
@@ -356,6 +365,7 @@ def pruned_by_layer(layers: pd.DataFrame, numbers: Mapping[str, int]) -> Figure:
         axis.set(title=f"delta {delta:g}", xlabel="layer, in execution order", ylim=(0, 104))
     axes[0].set_ylabel("%, mean over seeds")
     axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.suptitle("What SNACS prunes of each layer, and the limit it found", x=0.01, ha="left", fontsize=11)
     return figure
 
 
@@ -380,7 +390,11 @@ def accuracy_by_sparsity(accuracy: pd.DataFrame, shifts: pd.DataFrame) -> Figure
         axis.axhline(dense, color="black", ls="--", lw=1, label="dense")
         axis.set(title=title, xlabel="weights removed, %")
     axes[0].set_ylabel("accuracy, %")
-    axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), title="line: mean, points: seeds",
+                    title_fontsize=8, alignment="left")  # fmt: skip
+    figure.suptitle(
+        "Accuracy after one fine-tuning, SNACS and its peers at the same sparsity", x=0.01, ha="left", fontsize=11
+    )
     return figure
 
 
@@ -394,7 +408,7 @@ def speed(table: pd.DataFrame) -> Figure:
     axis.set(xscale="log", yscale="log", xlabel="groups a layer", ylabel="seconds for all pairs")
     axis.set_xticks(sorted(set(table.groups)), _short_numbers(table))
     axis.minorticks_off()
-    axis.set_title(f"{table.filters.iloc[0]} filters, {table.samples.iloc[0]:,} images")
+    axis.set_title(f"Estimating all pairs: {table.filters.iloc[0]} filters, {table.samples.iloc[0]:,} images")
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 

@@ -68,7 +68,9 @@ def accuracy_by_macs(table: pd.DataFrame) -> Figure:
         axis.set_xticks(shares)
         axis.set_xlim(min(shares) - 0.12, max(shares) + 0.12)
     axes[0].set_ylabel("accuracy, %")
-    axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), title="line: mean, dots: seeds",
+                   title_fontsize=8, alignment="left")  # fmt: skip
+    figure.suptitle("Accuracy of smaller networks, filters removed", x=0.01, ha="left", fontsize=11)
     return figure
 
 
@@ -89,5 +91,6 @@ def latency_ratios(rows: pd.DataFrame) -> Figure:
             axis.plot(part.macs_ratio, part.ratio, marker, color=color, ms=6, label=variant.replace("_", " "))
         axis.set(title=f"batch of {size}", xlabel="MACs, share of dense", xlim=(low, 1.05), ylim=(low, high))
     axes[0][0].set_ylabel("latency, share of dense")
+    figure.suptitle("Measured latency of smaller networks against their MACs", x=0.01, ha="left", fontsize=11)
     axes[0][-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
