@@ -224,7 +224,7 @@ def cell_masks(study: Study, cell: Cell, net: nn.Sequential | None = None) -> Ma
     )[0]  # fmt: skip
 
 
-def _cell_inputs(study: Study, cell: Cell) -> dict[str, Any]:
+def cell_inputs(study: Study, cell: Cell) -> dict[str, Any]:
     guided = cell.hybrid not in ("direct", "none")
     return {
         "version": VERSIONS["cell"],
@@ -275,7 +275,7 @@ def cell_folder(study: Study, cell: Cell, needs: Sequence[str] | None = None) ->
         save_model(net[1], folder)
         write_json(folder / "cell.json", result)
 
-    return Store().once("cell", _cell_inputs(study, cell), compute, needs)
+    return Store().once("cell", cell_inputs(study, cell), compute, needs)
 
 
 def cell_result(study: Study, cell: Cell) -> dict[str, Any]:
@@ -475,7 +475,7 @@ def rows_under_shift(study: Study, facts: Callable[[data.Dataset], dict[str, Any
 
 def shift_rows(study: Study, cell: Cell) -> list[dict[str, Any]]:
     """Scores of a cell under every shift, see `rows_under_shift`: shift, severity, accuracy, ece, images."""
-    made_of = Store.key("cell", _cell_inputs(study, cell))
+    made_of = Store.key("cell", cell_inputs(study, cell))
     if cell.is_dense:
         made_of = Store.key("dense", dense_inputs(study, cell.seed))
     inputs = {"version": VERSIONS["shift"], "cell": made_of, **shift_inputs(study)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,125 @@ def _families(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[str, float, floa
         yield family, float(part.accuracy.mean()), float(part.ece.mean()) if "ece" in part else None
 
 
-def _seconds(folder: Path) -> float:
-    return float(read_json(folder / "entry.json")["wall_s"])
+def _seconds(folder: Path, *measured: tuple[str, dict[str, Any]]) -> float:
+    """Seconds that an entry took, and what was measured on the dense network before (0 where that is in the entry)."""
+    before = (Store().find(kind, inputs, ["layers.json"]) for kind, inputs in measured)
+    return sum(float(read_json(path / "entry.json")["wall_s"]) for path in (folder, *filter(None, before)))
 
 
-def _measuring(kind: str, inputs: dict[str, Any]) -> float:
-    """Seconds of what a method measures on the dense network before it prunes; 0 where that was measured with it."""
-    found = Store().find(kind, inputs, ["layers.json"])
-    return _seconds(found) if found else 0.0
+@dataclass(frozen=True)
+class _Network:
+    """One network of the comparison. macs: the share left, or that share by family where it depends on the images."""
+
+    system: str
+    method: str
+    seed: int
+    sparsity: float
+    seconds: float
+    macs: float | dict[str, float]
+    shifts: list[dict[str, Any]]
+    network: str | None = None  # where it is not the study's own
+
+
+def _dense(study: Study) -> Iterator[_Network]:
+    for seed in study.seeds:
+        shifts = cells.shift_rows(study, cells.Cell("none", "none", "none", 0.0, seed))
+        yield _Network("dense", "dense", seed, 0.0, _seconds(cells.dense_folder(study, seed)), 1.0, shifts)
+
+
+def _correlating(study: Study, seed: int, similarity: str = "pearson") -> tuple[str, dict[str, Any]]:
+    return "connectivity", cells.connectivity_inputs(study, seed, similarity)
+
+
+def _masks(study: Study) -> Iterator[_Network]:
+    whole = _dense_macs(study)
+    for cell in (c for c in cells.cells(study) if not c.is_dense):
+        direct = cell.hybrid == "direct"
+        measured = [] if direct else [_correlating(study, cell.seed, cell.similarity)]
+        yield _Network(
+            "direct" if direct else "GC-Net",
+            f"{PRUNER_NAMES[cell.pruner]} {method_name(cell.hybrid, cell.similarity)}",
+            cell.seed,
+            cell.sparsity,
+            _seconds(cells.cell_folder(study, cell, ["cell.json"]), *measured),
+            cells.cell_result(study, cell)["macs"] / whole,
+            cells.shift_rows(study, cell),
+        )
+
+
+def _blocks(study: Study) -> Iterator[_Network]:
+    whole = _dense_macs(study)
+    for cell in (c for c in snacs_cells.snacs_cells(study) if c.method != "none"):
+        result = snacs_cells.cell_result(study, cell)
+        measured = {
+            "snacs": [("snacs_scores", snacs_cells.scores_inputs(study, cell.seed))],
+            "mint": [("snacs_mint", snacs_cells.mint_inputs(study, cell.seed))],
+            "gcnet": [_correlating(study, cell.seed)],
+        }
+        yield _Network(
+            "SNACS" if cell.method == "snacs" else "peer of SNACS",
+            f"{SNACS_NAMES[cell.method]} (δ {cell.delta:g})",
+            cell.seed,
+            result["sparsity"],
+            _seconds(snacs_cells.cell_folder(study, cell, ["cell.json"]), *measured.get(cell.method, [])),
+            result["macs"] / whole,
+            snacs_cells.shift_rows(study, cell),
+        )
+
+
+def _sparse_training(study: Study) -> Iterator[_Network]:
+    mine = cka_cells.own(study)
+    whole = _dense_macs(mine)
+    for run in (r for r in cka_cells.runs(study) if r.method in study.cka_shift_methods):
+        net, masks = cka_cells.run_network(study, run)
+        yield _Network(
+            "CKA-SR" if run.beta else "sparse training",
+            f"{run.method.upper()}{' + CKA-SR' if run.beta else ''}",
+            run.seed,
+            run.sparsity,
+            _seconds(cka_cells.run_folder(study, run, ["run.json"])),
+            cost.macs(net[1], cells.example_input(study), masks) / whole,
+            cka_cells.shifted(study, run),
+            _name(mine),
+        )
+
+
+def _gated(study: Study) -> Iterator[_Network]:
+    for cell in ftwt_cells.gated_cells(study):
+        shifts = ftwt_cells.gated_shift_rows(study, cell)
+        saved = pd.DataFrame(shifts).assign(accuracy=lambda frame: frame.macs_reduction).to_dict("records")
+        yield _Network(
+            "peer of FTWT" if cell.mode == "l1_filter" else "FTWT",
+            f"{FTWT_NAMES[cell.mode]} (r {cell.r:g})",
+            cell.seed,
+            0.0,
+            _seconds(ftwt_cells.gated_folder(study, cell, ["cell.json"])),
+            {family: 1 - mean for family, mean, _ in _families(saved)},
+            shifts,
+        )
+
+
+def _filters(study: Study) -> Iterator[_Network]:
+    names = {"tp_magnitude": "torch-pruning magnitude", "tp_taylor": "torch-pruning Taylor", "snacs": "SNACS"}
+    for cell in (c for c in structured_cells.structured_cells(study) if not c.is_dense):
+        result = structured_cells.cell_result(study, cell)
+        measured = []
+        if cell.method == "snacs":
+            measured = [("snacs_scores", snacs_cells.scores_inputs(study, cell.seed))]
+        elif structured_cells.by_ghost(cell.method):
+            measured = [_correlating(study, cell.seed, study.structured_similarity)]
+        yield _Network(
+            "structured",
+            f"filters: {names.get(cell.method, cell.method)} ({cell.macs:g})",
+            cell.seed,
+            1 - result["parameters"] / result["parameters_dense"],
+            _seconds(structured_cells.structured_folder(study, cell, ["cell.json"]), *measured),
+            float(result["macs_left"] / result["macs_dense"]),
+            structured_cells.structured_shift_rows(study, cell),
+        )
+
+
+SYSTEMS = {"05": _masks, "06": _blocks, "07": _sparse_training, "08": _gated, "10": _filters}  # by the notebook
 
 
 def comparison_table(study: Study) -> pd.DataFrame:
@@ -58,82 +170,19 @@ def comparison_table(study: Study) -> pd.DataFrame:
     study runs is in it; CKA-SR trains networks of its own, named in `network`, and compares with others only where that
     is the same.
     """
-    network, whole = f"{study.network} x {study.width:g}", _dense_macs(study)
-    rows: list[dict[str, Any]] = []
-
-    def add(facts: dict[str, Any], shifts: list[dict[str, Any]], *, macs: dict[str, float] | float) -> None:
-        for family, accuracy, ece in _families(shifts):
-            left = macs if isinstance(macs, float) else macs[family]
-            rows.append({**facts, "macs": left, "shift_family": family, "accuracy": accuracy, "ece": ece})
-
-    def correlating(seed: int, similarity: str = "pearson") -> float:
-        return _measuring("connectivity", cells.connectivity_inputs(study, seed, similarity))
-
-    for seed in study.seeds:
-        dense = cells.Cell("none", "none", "none", 0.0, seed)
-        facts = {"system": "dense", "method": "dense", "network": network, "sparsity": 0.0, "seed": seed}
-        trained = _seconds(cells.dense_folder(study, seed))
-        add(facts | {"seconds": trained}, cells.shift_rows(study, dense), macs=1.0)
-    if study.runs("05"):
-        for cell in (c for c in cells.cells(study) if not c.is_dense):
-            result = cells.cell_result(study, cell)
-            name = f"{PRUNER_NAMES[cell.pruner]} {method_name(cell.hybrid, cell.similarity)}"
-            direct = cell.hybrid == "direct"
-            before = 0.0 if direct else correlating(cell.seed, cell.similarity)
-            facts = {"system": "direct" if direct else "GC-Net", "method": name, "network": network,
-                     "sparsity": cell.sparsity, "seed": cell.seed,
-                     "seconds": before + _seconds(cells.cell_folder(study, cell, ["cell.json"]))}  # fmt: skip
-            add(facts, cells.shift_rows(study, cell), macs=result["macs"] / whole)
-    if study.runs("06"):
-        for cell in (c for c in snacs_cells.snacs_cells(study) if c.method != "none"):
-            result = snacs_cells.cell_result(study, cell)
-            before = {
-                "snacs": lambda seed: _measuring("snacs_scores", snacs_cells.scores_inputs(study, seed)),
-                "mint": lambda seed: _measuring("snacs_mint", snacs_cells.mint_inputs(study, seed)),
-                "gcnet": correlating,
-            }.get(cell.method, lambda _: 0.0)(cell.seed)
-            facts = {"system": "SNACS" if cell.method == "snacs" else "peer of SNACS", "network": network,
-                     "method": f"{SNACS_NAMES[cell.method]} (δ {cell.delta:g})", "sparsity": result["sparsity"],
-                     "seed": cell.seed,
-                     "seconds": before + _seconds(snacs_cells.cell_folder(study, cell, ["cell.json"]))}  # fmt: skip
-            add(facts, snacs_cells.shift_rows(study, cell), macs=result["macs"] / whole)
-    if study.runs("07"):
-        mine = cka_cells.own(study)
-        whole_of_mine = _dense_macs(mine)
-        for run in (r for r in cka_cells.runs(study) if r.method in study.cka_shift_methods):
-            net, masks = cka_cells.run_network(study, run)
-            left = cost.macs(net[1], cells.example_input(study), masks) / whole_of_mine
-            facts = {"system": "CKA-SR" if run.beta else "sparse training", "seed": run.seed, "sparsity": run.sparsity,
-                     "method": f"{run.method.upper()}{' + CKA-SR' if run.beta else ''}",
-                     "network": f"{mine.network} x {mine.width:g}",
-                     "seconds": _seconds(cka_cells.run_folder(study, run, ["run.json"]))}  # fmt: skip
-            add(facts, cka_cells.shifted(study, run), macs=left)
-    if study.runs("08"):
-        for cell in ftwt_cells.gated_cells(study):
-            shifts = ftwt_cells.gated_shift_rows(study, cell)
-            saved = pd.DataFrame(shifts).assign(accuracy=lambda frame: frame.macs_reduction).to_dict("records")
-            left = {family: 1 - mean for family, mean, _ in _families(saved)}
-            facts = {"system": "peer of FTWT" if cell.mode == "l1_filter" else "FTWT", "network": network,
-                     "method": f"{FTWT_NAMES[cell.mode]} (r {cell.r:g})", "sparsity": 0.0, "seed": cell.seed,
-                     "seconds": _seconds(ftwt_cells.gated_folder(study, cell, ["cell.json"]))}  # fmt: skip
-            add(facts, shifts, macs=left)
-    if study.runs("10"):
-        for cell in (c for c in structured_cells.structured_cells(study) if not c.is_dense):
-            result = structured_cells.cell_result(study, cell)
-            name = {"tp_magnitude": "torch-pruning magnitude", "tp_taylor": "torch-pruning Taylor", "snacs": "SNACS"}
-            before = 0.0
-            if cell.method == "snacs":
-                before = _measuring("snacs_scores", snacs_cells.scores_inputs(study, cell.seed))
-            elif structured_cells.by_ghost(cell.method):
-                before = correlating(cell.seed, study.structured_similarity)
-            facts = {"system": "structured", "method": f"filters: {name.get(cell.method, cell.method)} ({cell.macs:g})",
-                     "network": network, "sparsity": 1 - result["parameters"] / result["parameters_dense"],
-                     "seed": cell.seed,
-                     "seconds": before + _seconds(structured_cells.structured_folder(study, cell, ["cell.json"]))
-                     }  # fmt: skip
-            left = result["macs_left"] / result["macs_dense"]
-            add(facts, structured_cells.structured_shift_rows(study, cell), macs=float(left))
+    rows = []
+    for networks in (_dense, *(make for notebook, make in SYSTEMS.items() if study.runs(notebook))):
+        for one in networks(study):
+            facts = {name: getattr(one, name) for name in ("system", "method", "seed", "sparsity", "seconds")}
+            facts["network"] = one.network or _name(study)
+            for family, accuracy, ece in _families(one.shifts):
+                macs = one.macs[family] if isinstance(one.macs, dict) else one.macs
+                rows.append({**facts, "macs": macs, "shift_family": family, "accuracy": accuracy, "ece": ece})
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _name(study: Study) -> str:
+    return f"{study.network} x {study.width:g}"
 
 
 def _dense_macs(study: Study) -> float:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from gcnet import snacs_cells
 from gcnet.cells import (
     Cell,
+    cell_inputs,
     cells,
     dense,
     dense_inputs,
@@ -29,7 +30,6 @@ from gcnet.cells import (
     shift_rows,
     splits,
 )
-from gcnet.cells import _cell_inputs as _pruned_inputs
 from gcnet.claims import Comparison, judged
 from gcnet.data import Dataset, stratified
 from gcnet.dynamic import Firing, Gated, estimate_flops, gate, l1_filter_masks, measure, start_heads, train_gated
@@ -447,7 +447,7 @@ def unstructured_table(study: Study) -> pd.DataFrame:
     """
     found = []
     for cell in cells(study):
-        folder = None if cell.is_dense else Store().find("cell", _pruned_inputs(study, cell), ["cell.json"])
+        folder = None if cell.is_dense else Store().find("cell", cell_inputs(study, cell), ["cell.json"])
         if folder:
             setting = f"{cell.pruner} {cell.hybrid} {cell.similarity} {cell.sparsity:g}"
             found.append(("direct" if cell.hybrid == "direct" else "GC-Net", setting, read_json(folder / "cell.json")))

@@ -208,7 +208,6 @@ def mean_and_spread(
     seeds instead ("85.6 [85.1, 86.0]", within 0 and 100). The best of a row is bold (unless bold=False) only where 0
     lies outside the 95 % interval of its paired difference to the second best.
     """
-    in_text = _mean_interval if interval else _mean_pm
     order = list(dict.fromkeys(frame[columns]))
     if isinstance(frame[columns].dtype, pd.CategoricalDtype):
         order = [c for c in frame[columns].cat.categories if c in set(frame[columns])]
@@ -216,7 +215,7 @@ def mean_and_spread(
     lines = {}
     for key, part in seeds.groupby(list(rows), sort=False, observed=True):
         part = part.droplevel(list(range(len(rows)))).reindex(order)
-        text = {c: in_text(part.loc[c].dropna().to_numpy()) for c in order}
+        text = {c: _mean(part.loc[c].dropna().to_numpy(), interval) for c in order}
         ranked = part.mean(axis=1).sort_values(ascending=False).index
         if bold and len(ranked) > 1 and part.shape[1] > 1:
             gap = (part.loc[ranked[0]] - part.loc[ranked[1]]).dropna().to_numpy()
@@ -228,19 +227,16 @@ def mean_and_spread(
     return table.fillna("")
 
 
-def _mean_pm(values: np.ndarray) -> str:
+def _mean(values: np.ndarray, interval: bool) -> str:
     if not len(values):
         return ""
     mean = f"{100 * values.mean():.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {100 * values.std(ddof=1):.1f}"
-
-
-def _mean_interval(values: np.ndarray) -> str:
-    if not len(values):
-        return ""
+    if len(values) < 2:
+        return mean
+    if not interval:
+        return f"{mean} ± {100 * values.std(ddof=1):.1f}"
     found = bootstrap(values)
-    mean = f"{100 * found.estimate:.1f}"
-    return mean if found.n < 2 else f"{mean} [{100 * max(found.low, 0):.1f}, {100 * min(found.high, 1):.1f}]"
+    return f"{mean} [{100 * max(found.low, 0):.1f}, {100 * min(found.high, 1):.1f}]"
 
 
 # --- the study's tables ---------------------------------------------------------------------------------------------

@@ -185,12 +185,12 @@ def weight_masks(masks: Masks) -> Masks:
 def snacs_masks(study: Study, delta: float, seed: int, net: nn.Sequential) -> Masks:
     """SNACS's masks, filters without connections silenced."""
     found = analysis(study, seed)
-    pairs, _, graph = pairs_of(study, net, few(study))
+    pairs, _, graph = pairs_of(study, net, shape_images(study))
     kept = kept_blocks(found.scores, delta, found.limits, found.protected)
     return silenced(net[1], graph, block_masks(graph, net[1], pairs, kept))
 
 
-def few(study: Study) -> int:
+def shape_images(study: Study) -> int:
     """Images a class where only the shape of the pairs is needed."""
     return min(10, study.snacs_images)
 
@@ -227,7 +227,7 @@ def cell_masks(study: Study, cell: SnacsCell, net: nn.Sequential) -> Masks:
     if cell.method == "l1_filter":
         return matched(lambda share: silenced(model, graph, filter_masks(model, graph, share)), target)
     groups = study.snacs_mint_groups if cell.method == "mint" else None
-    pairs, _, _ = pairs_of(study, net, few(study), groups)
+    pairs, _, _ = pairs_of(study, net, shape_images(study), groups)
     if cell.method == "mint":
         scores = mint_scores(study, cell.seed)
     else:

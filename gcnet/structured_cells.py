@@ -91,7 +91,7 @@ def smaller(study: Study, cell: StructuredCell) -> StructuredPruning:
     if cell.method in PEERS:
         return structured_prune(net[1], batches, importance=_importance(study, cell, net), **common)
     if cell.method == "snacs":
-        pairs, _, graph = snacs_cells.pairs_of(study, net, snacs_cells.few(study))
+        pairs, _, graph = snacs_cells.pairs_of(study, net, snacs_cells.shape_images(study))
         blocks = snacs_cells.analysis(study, cell.seed).scores
         return structured_prune(net[1], batches, scores=snacs_filter_scores(net[1], graph, pairs, blocks), **common)
     matrices = {}
