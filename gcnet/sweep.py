@@ -161,7 +161,7 @@ def run_stage(tasks: list[Task], executor: Executor, name: str) -> list[dict[str
     found = len(tasks)
     tasks = [task for task in tasks if not entries(task)[1]]
     found -= len(tasks)
-    if found:
+    if found or tasks:
         log.info("%s: %d found in the store, %d to compute", name, found, len(tasks))
     started, failures, finished = time.perf_counter(), [], 0
     pending = {_submitted(executor, task): (task, 1) for task in tasks}
