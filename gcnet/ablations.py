@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from gcnet.cells import Cell, cell_result, shift_rows
-from gcnet.evaluation import bootstrap, holm, p_value
+from gcnet.evaluation import bootstrap, by_shift, holm, p_value
 from gcnet.study import Study
 
 # choice -> {setting: (parameters that differ from the default, similarity)}. The default is the package's, whatever the
@@ -93,7 +93,7 @@ def ablation_table(rows: pd.DataFrame) -> pd.DataFrame:
             values = difference[wanted].pivot_table(index="seed", columns=["shift", "severity"], values="difference")
             if values.empty:
                 continue
-            found = bootstrap(values.to_numpy())
+            found = bootstrap(by_shift(values))
             p.append(p_value(found))
             table.append(
                 {

@@ -483,7 +483,10 @@ def claims_table(
     study: Study, accuracy: pd.DataFrame, similarity: pd.DataFrame, epsilon: pd.DataFrame, shifts: pd.DataFrame,
     combined: pd.DataFrame,
 ) -> pd.DataFrame:  # fmt: skip
-    """cka_sr_claims.csv, with the columns of claims.csv: differences with less without the penalty, paired by seed."""
+    """cka_sr_claims.csv, with the columns of claims.csv: differences with less without the penalty, paired by seed.
+
+    Only the chosen beta and the study's own seeds: the runs that beta was chosen on judge nothing.
+    """
     compared: list[Comparison] = []
 
     def add(claim: str, measure: str, differences: pd.Series, sparsity: float, smallest: float = 0.002) -> None:
@@ -491,16 +494,14 @@ def claims_table(
             interval = bootstrap(differences.to_numpy())
             compared.append(Comparison(claim, measure, interval, sparsity, smallest=smallest))
 
-    pairs = similarity[similarity.same_stage]
-    for (method, sparsity), part in pairs.groupby(["method", "sparsity"], sort=False):
-        for beta in sorted(set(part.beta) - {0.0}):
-            seeds = paired(part, beta, "cka")
-            add("cka-sr-1", f"fall of CKA inside stages: {method}, beta {beta:g}", -seeds, sparsity, 0.01)
-    for (method, sparsity, level), part in epsilon.groupby(["method", "sparsity", "epsilon"], sort=False):
-        for beta in sorted(set(part.beta) - {0.0}):
-            seeds = paired(part, beta, "share")
-            add("cka-sr-2", f"share of kept weights below {level:g}: {method}, beta {beta:g}", seeds, sparsity, 0.001)
     beta = chosen_beta(study)
+    similarity, epsilon = (rows[rows.seed.isin(study.seeds)] for rows in (similarity, epsilon))
+    for (method, sparsity), part in similarity[similarity.same_stage].groupby(["method", "sparsity"], sort=False):
+        seeds = paired(part, beta, "cka")
+        add("cka-sr-1", f"fall of CKA inside stages: {method}, beta {beta:g}", -seeds, sparsity, 0.01)
+    for (method, sparsity, level), part in epsilon.groupby(["method", "sparsity", "epsilon"], sort=False):
+        seeds = paired(part, beta, "share")
+        add("cka-sr-2", f"share of kept weights below {level:g}: {method}, beta {beta:g}", seeds, sparsity, 0.001)
     gains = {}
     for (method, sparsity), part in accuracy.groupby(["method", "sparsity"], sort=False):
         gains[method, sparsity] = paired(part, beta, "accuracy")

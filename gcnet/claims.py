@@ -13,7 +13,7 @@ import yaml
 
 from gcnet import paths
 from gcnet.cells import drift_rows
-from gcnet.evaluation import Interval, bootstrap, holm, p_value, paired_differences, verdict
+from gcnet.evaluation import Interval, bootstrap, by_shift, holm, p_value, paired_differences, verdict
 from gcnet.study import Study
 
 COLUMNS = (
@@ -38,8 +38,8 @@ def claims_table(study: Study, shifts: pd.DataFrame, accuracy: pd.DataFrame) -> 
     """claims.csv: claim, source, statement, measure, estimate, ci_low, ci_high, n, verdict, sparsity, p, p_holm.
 
     One row a comparison and sparsity. Differences are paired: the same pruner (unless the comparison names one on each
-    side), sparsity, seed, shift and severity, averaged over pruners. A comparison whose cells the study does not have
-    is left out; so are the claims that other notebooks test.
+    side), sparsity, seed, shift and severity, averaged over pruners and severities. A comparison whose cells the study
+    does not have is left out; so are the claims that other notebooks test.
     """
     compared: list[Comparison] = []
     for claim in load_claims():
@@ -47,10 +47,13 @@ def claims_table(study: Study, shifts: pd.DataFrame, accuracy: pd.DataFrame) -> 
             continue
         for test in claim.get("comparisons", ()):
             for sparsity in (0.0,) if test["measure"].startswith("drift") else study.sparsities:
-                interval = _interval(study, test, sparsity, shifts, accuracy)
-                if interval is not None:
-                    margin = test.get("margin", 0.0)
-                    compared.append(Comparison(claim["id"], _in_words(test), interval, sparsity, margin=margin))
+                values = _values(study, test, sparsity, shifts, accuracy)
+                if values is not None:
+                    margin = test.get("margin", 0.0) - test.get("above", 0.0)
+                    alike = test["measure"] in ("shifted", "clean") and not values.any()
+                    word = "inconclusive (no image tells the two sides apart)" if alike else ""
+                    of = (claim["id"], _in_words(test), bootstrap(values), sparsity)
+                    compared.append(Comparison(*of, margin=margin, word=word))
     return judged(compared)
 
 
@@ -147,10 +150,10 @@ def every_verdict(folder: Path, left_out: Collection[str] = (), *, untested: boo
 # --- one comparison -------------------------------------------------------------------------------------------------
 
 
-def _interval(
+def _values(
     study: Study, test: Mapping[str, Any], sparsity: float, shifts: pd.DataFrame, accuracy: pd.DataFrame
-) -> Interval | None:
-    """The paired difference of a comparison with its interval, None where the study has no such cells."""
+) -> np.ndarray | None:
+    """(seeds, shifts) paired differences of a comparison, None where the study has no such cells."""
     if test["measure"].startswith("drift"):
         return _drift(study, test, shifts)
     if test["measure"] == "macs":
@@ -158,32 +161,30 @@ def _interval(
         source = accuracy.assign(shift="clean", severity=0, value=-accuracy.macs / dense)
     else:
         wanted = shifts.severity > 0 if test["measure"] == "shifted" else shifts.severity == 0
-        source = shifts[wanted].assign(value=shifts.accuracy)
+        source = shifts[wanted].assign(value=lambda rows: rows.accuracy)
     difference = paired_differences(source[source.sparsity == sparsity], test["of"], test["against"], "value")
     if difference.empty:
         return None
-    # Seeds are the repetitions; what a seed's networks do under every pruner and shift is one block.
-    by_seed = difference.unstack("pruner").droplevel("sparsity").dropna(axis=1)
-    return bootstrap(by_seed.to_numpy())
+    return by_shift(difference.unstack("pruner").droplevel("sparsity").dropna(axis=1))
 
 
-def _drift(study: Study, test: Mapping[str, Any], shifts: pd.DataFrame) -> Interval | None:
+def _drift(study: Study, test: Mapping[str, Any], shifts: pd.DataFrame) -> np.ndarray | None:
     """How connectivity measured on shifted images relates to that on clean ones, seeds outside, shifts inside."""
     if not study.runs("02"):
         return None
     moved = pd.DataFrame([row for seed in study.seeds for row in drift_rows(study, seed)])
-    by_shift = moved.groupby(["seed", "shift"])[["distance", "rank_correlation"]].mean()
+    by_seed = moved.groupby(["seed", "shift"])[["distance", "rank_correlation"]].mean()
     if test["measure"] == "drift_rank":
-        return bootstrap(by_shift.rank_correlation.unstack("shift").to_numpy() - test["above"])
+        return by_seed.rank_correlation.unstack("shift").to_numpy()
     dense = shifts[shifts.pruner == "none"]
     clean = dense[dense.severity == 0].set_index("seed").accuracy
     shifted = dense[dense.severity == moved.severity.iloc[0]].set_index(["seed", "shift"]).accuracy
     lost = clean.reindex(shifted.index, level="seed") - shifted
-    both = by_shift.join(lost.rename("lost"), how="inner")
+    both = by_seed.join(lost.rename("lost"), how="inner")
     if both.groupby("seed").size().min() < 3:
         return None
     of_seed = [part.distance.corr(part.lost, method="spearman") for _, part in both.groupby("seed")]
-    return bootstrap(np.nan_to_num(np.array(of_seed)))
+    return np.nan_to_num(np.array(of_seed))[:, None]
 
 
 def _in_words(test: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -101,7 +101,8 @@ class Head(nn.Linear):
 
     Cost: C_in * C_out multiply-accumulates. pool: max (paper) or mean (the authors' code). scaled: the softmax times
     C_in, so that the convolution sees numbers around 1: a head can express the same, but learns in few epochs what
-    else takes hundreds (choice). Not in bf16.
+    else takes hundreds (choice); the gradient that leaves it is divided by C_in, so that in joint training the backbone
+    feels the mask loss no more than with the paper's heads, instead of being overrun by it (choice). Not in bf16.
     """
 
     def __init__(self, inputs: int, outputs: int, pool: Pool = "max", scaled: bool = True) -> None:
@@ -114,7 +115,23 @@ class Head(nn.Linear):
 
     def of_pooled(self, pooled: Tensor) -> Tensor:
         with torch.autocast(pooled.device.type, enabled=False):
-            return F.linear(pooled.to(self.weight.dtype).softmax(1) * self.scale, self.weight, self.bias)
+            pooled = pooled.to(self.weight.dtype)
+            if pooled.requires_grad:  # joint training
+                pooled = _GradientDivided.apply(pooled, self.scale)
+            return F.linear(pooled.softmax(1) * self.scale, self.weight, self.bias)
+
+
+class _GradientDivided(torch.autograd.Function):
+    """The identity, whose gradient is divided by a number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, by: int) -> Tensor:
+        ctx.by = by
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient / ctx.by, None
 
 
 def hard_mask(logits: Tensor) -> Tensor:

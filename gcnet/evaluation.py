@@ -139,14 +139,25 @@ def bootstrap(values: np.ndarray, *, level: float = 0.95, draws: int = 4000, see
     return Interval(estimate, estimate - widen * (estimate - low), estimate + widen * (high - estimate), n, spread)
 
 
+def by_shift(values: pd.DataFrame) -> np.ndarray:
+    """(seeds, shifts), what `bootstrap` takes, of a frame of seeds down and settings and shifts across.
+
+    Pruners, hybrids, r and severities are the study's own settings, not a sample of anything: they are averaged first,
+    so that only seeds and shifts make the interval. Without a column level `shift` one column is left. Choice.
+    """
+    if "shift" in values.columns.names:
+        return values.T.groupby(level="shift", sort=False).mean().T.to_numpy()
+    return values.mean(axis=1).to_numpy()[:, None]
+
+
 def paired_differences(
     rows: pd.DataFrame, chosen: dict[str, object], against: dict[str, object], value: str = "accuracy"
 ) -> pd.DataFrame:
     """Differences `chosen` - `against` at the same pruner, sparsity, seed, shift and severity.
 
     rows: as in shift_accuracy.csv. chosen, against: column -> value or list of values, e.g. {"hybrid": "B25"}. Returns
-    a frame of one row per (pruner, sparsity, seed) and one column per (shift, severity): what `bootstrap` takes. Where
-    `against` names a pruner, the two sides need not have the same one and the index says the chosen one's.
+    a frame of one row per (pruner, sparsity, seed) and one column per (shift, severity). Where `against` names a
+    pruner, the two sides need not have the same one and the index says the chosen one's.
     """
 
     def part(where: dict[str, object]) -> pd.DataFrame:
@@ -168,11 +179,12 @@ def paired_differences(
 def p_value(interval: Interval, margin: float = 0.0) -> float:
     """Two-sided p of "the difference is -margin": below 0.05 exactly where the 95 % interval leaves -margin out.
 
-    The interval's arm towards -margin is read as that of a t interval over the seeds. 1 with a single seed.
+    The interval's arm towards -margin is read as that of a t interval over the seeds. 1 with a single seed, and where
+    two seeds agree to the last image, which says little.
     """
     distance = interval.estimate + margin
     arm = interval.estimate - interval.low if distance > 0 else interval.high - interval.estimate
-    if interval.n < 2 or distance == 0:
+    if interval.n < 2 or distance == 0 or (arm == 0 and interval.n < 3):
         return 1.0
     if arm == 0:
         return 0.0
@@ -209,4 +221,5 @@ def verdict(interval: Interval, *, margin: float = 0.0, smallest: float = 0.002,
         return "supported"
     if interval.high < -margin and p <= 0.05:
         return "contradicted"
-    return f"inconclusive (n too small: would need about {seeds_needed(interval, smallest, margin)} seeds)"
+    why = "among so many comparisons" if not interval.low <= -margin <= interval.high else "n too small"
+    return f"inconclusive ({why}: would need about {seeds_needed(interval, smallest, margin)} seeds)"

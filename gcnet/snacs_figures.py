@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from gcnet.claims import Comparison, judged
-from gcnet.evaluation import Interval, bootstrap
+from gcnet.evaluation import Interval, bootstrap, by_shift
 from gcnet.figures import layer_maps, panels, whole_numbers
 from gcnet.published import published
 from gcnet.snacs import GRID
@@ -257,7 +257,7 @@ def _reached_claim(accuracy: pd.DataFrame, peer: str) -> Comparison:
 def _accuracy_claim(rows: pd.DataFrame, measure: str, peer: str) -> Comparison:
     index = {"index": "seed", "columns": ["delta", "shift", "severity"], "values": "accuracy"}
     of = {name: rows[rows.method == name].pivot_table(**index) for name in ("snacs", peer)}
-    interval = bootstrap((of["snacs"] - of[peer]).to_numpy())
+    interval = bootstrap(by_shift(of["snacs"] - of[peer]))
     label = {"clean": "clean accuracy", "shifted": "accuracy under shift"}[measure]
     return Comparison("snacs-4", f"{label}, difference: snacs - {peer}", interval, margin=0.005)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gcnet import cells, cost, data, snacs_cells
 from gcnet.claims import Comparison, judged
-from gcnet.evaluation import bootstrap, score
+from gcnet.evaluation import bootstrap, by_shift, score
 from gcnet.store import Store, read_json, write_json
 from gcnet.structured import (
     StructuredPruning,
@@ -272,7 +272,7 @@ def claims_table(study: Study, shifts: pd.DataFrame, margin: float = 0.005) -> p
         wide = part.pivot_table(index="seed", columns=["method", "shift", "severity"], values="accuracy")
         for mine in ours:
             for other in others:
-                interval = bootstrap((wide[mine] - wide[other]).to_numpy())
+                interval = bootstrap(by_shift(wide[mine] - wide[other]))
                 measure = f"accuracy under shift, difference: {mine} - {PEERS.get(other, other)} ({share:.0%} of MACs)"
                 compared.append(Comparison("structured-1", measure, interval, margin=margin))
     return judged(compared)

@@ -9,14 +9,14 @@ import pytest
 
 from gcnet import ablations
 from gcnet.ablations import CHOICES, DEFAULT, ablation_rows, ablation_table, run_variant, variant, variants
-from gcnet.cells import _cell_inputs
+from gcnet.cells import cell_inputs
 from gcnet.store import Store
 from gcnet.study import Study
 from tests.test_sweep import STUDY
 
 
 def test_every_variant_is_another_cell() -> None:
-    keys = {Store.key("cell", _cell_inputs(*variant(STUDY, *which, 0))) for which in variants()}
+    keys = {Store.key("cell", cell_inputs(*variant(STUDY, *which, 0))) for which in variants()}
     assert len(keys) == len(variants()) == 1 + sum(map(len, CHOICES.values()))
 
 

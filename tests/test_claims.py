@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
 
 from gcnet import claims, paths
 from gcnet.claims import Comparison, claims_table, judged, load_claims, overall
-from gcnet.evaluation import Interval
+from gcnet.evaluation import Interval, bootstrap
 from gcnet.study import Study
 
 STUDY = Study.create(study="small", seeds=[0, 1, 2, 3], sparsities=[0.8], notebooks=["05"])
@@ -75,6 +77,24 @@ def test_p_is_adjusted_for_the_comparisons_of_a_claim(judge) -> None:
     assert alone.p_holm[0] == alone.p[0] and both.p_holm.max() == pytest.approx(2 * both.p.min())
 
 
+def test_pruners_and_severities_are_settings_and_make_no_interval(judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = shifts()
+    harder = one[one.severity > 0].assign(severity=2, accuracy=lambda rows: rows.accuracy - 0.1)
+    other = pd.concat([one, harder]).assign(pruner="lamp")
+    other.loc[other.hybrid == "B25", "accuracy"] += 0.3
+    monkeypatch.setattr(sys.modules[__name__], "shifts", lambda: pd.concat([one, harder, other]))
+    alone, both = bootstrap(np.tile([[0.04], [0.044], [0.048], [0.052]], 2)), judge(against_direct("B25"))
+    assert both.estimate[0] == pytest.approx(alone.estimate + 0.15)
+    assert both.ci_high[0] - both.ci_low[0] == pytest.approx(alone.high - alone.low)
+
+
+def test_networks_that_are_never_apart_decide_nothing(judge) -> None:
+    found = judge({"measure": "shifted", "of": {"hybrid": "B25"}, "against": {"hybrid": "B25"}, "margin": 0.01})
+    assert found.verdict[0] == "inconclusive (no image tells the two sides apart)"
+    same = {"measure": "macs", "of": {"hybrid": "B25"}, "against": {"hybrid": "B25"}, "margin": 0.01}
+    assert judge(same).verdict[0] == "supported"  # operations are kept
+
+
 def test_a_margin_moves_the_line(judge) -> None:
     assert judge(against_direct("Full", margin=0.5)).verdict[0] == "supported"
 
@@ -111,10 +131,14 @@ def test_drift_of_connectivity_and_what_it_costs(monkeypatch: pytest.MonkeyPatch
         [{"pruner": "none", "seed": seed, "shift": shift, "severity": int(shift != "clean"), "accuracy": 0.9 - loss}
          for seed, (shift, loss) in itertools.product(STUDY.seeds, lost.items())]
     )  # fmt: skip
-    close = claims._interval(study, {"measure": "drift_rank", "above": 0.9}, 0.0, dense, accuracy())
-    costs = claims._interval(study, {"measure": "drift_accuracy"}, 0.0, dense, accuracy())
-    assert close.estimate == pytest.approx(1 - 0.7 / 3 / 10 - 0.9) and costs.estimate == 1.0
-    assert claims._interval(STUDY, {"measure": "drift_accuracy"}, 0.0, dense, accuracy()) is None
+    tests = [{"measure": "drift_rank", "above": 0.9}, {"measure": "drift_rank", "above": 0.99}]
+    tests.append({"measure": "drift_accuracy"})
+    claim = {"id": "a", "source": "s", "statement": "t", "comparisons": tests}
+    monkeypatch.setattr(claims, "load_claims", lambda: [claim])
+    found = claims_table(study, dense, accuracy())
+    assert found.estimate.tolist() == pytest.approx([1 - 0.7 / 3 / 10, 1 - 0.7 / 3 / 10, 1.0])
+    assert found.verdict[0] == found.verdict[2] == "supported" and found.verdict[1] == "contradicted"
+    assert claims_table(STUDY, dense, accuracy()).empty  # which does not run the notebook that measures drift
 
 
 def test_the_projects_claims_are_well_formed() -> None:

@@ -589,3 +589,16 @@ def test_the_dense_peer_is_the_dense_network() -> None:
             assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
             for function in dense_layouts(model, x).values():
                 torch.testing.assert_close(function(x), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_scaled_head_pulls_at_the_backbone_as_the_papers_does() -> None:
+    pooled, pull = noise(8, size=4).flatten(1)[:, :16], noise(8, size=1).flatten(1)[:, :1].expand(-1, 4)
+    logits, pulls = [], []
+    for scaled in (False, True):
+        head, x = Head(16, 4, scaled=scaled), pooled.clone().requires_grad_()
+        nn.init.eye_(head.weight)
+        nn.init.zeros_(head.bias)
+        logits.append(head.of_pooled(x))
+        logits[-1].backward(pull)
+        pulls.append(x.grad)
+    assert torch.allclose(logits[1], 16 * logits[0]) and torch.allclose(pulls[1], pulls[0]) and some(pulls)

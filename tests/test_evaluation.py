@@ -18,6 +18,7 @@ from gcnet.evaluation import (
     Interval,
     accuracy,
     bootstrap,
+    by_shift,
     calibration_error,
     evaluate,
     holm,
@@ -289,6 +290,7 @@ def test_p_of_a_t_interval_is_that_of_the_t_test() -> None:
 def test_p_with_one_seed_or_no_spread() -> None:
     assert p_value(bootstrap(np.array([0.3]))) == 1.0
     assert p_value(Interval(0.2, 0.2, 0.2, 3, 0.0)) == 0.0
+    assert p_value(Interval(0.2, 0.2, 0.2, 2, 0.0)) == 1.0  # two seeds that agree say little of a third
     assert p_value(Interval(-0.1, -0.2, 0.0, 3, 0.1), margin=0.1) == 1.0
 
 
@@ -298,10 +300,19 @@ def test_holm_by_hand() -> None:
     assert holm([0.9, 0.8]).tolist() == [1.0, 1.0] and holm([]).tolist() == []
 
 
+def test_only_seeds_and_shifts_are_a_sample() -> None:
+    columns = pd.MultiIndex.from_product(
+        [["l1", "lamp"], ["fog", "snow"], [1, 5]], names=["pruner", "shift", "severity"]
+    )
+    values = pd.DataFrame([range(8), range(8, 16)], columns=columns)
+    assert by_shift(values).tolist() == [[2.5, 4.5], [10.5, 12.5]]
+    assert by_shift(values.droplevel("shift", axis=1)).tolist() == [[3.5], [11.5]]
+
+
 def test_a_verdict_goes_by_the_adjusted_p() -> None:
     clear = Interval(0.03, 0.01, 0.05, 4, 0.01)
     assert verdict(clear, p=0.04) == "supported"
-    assert verdict(clear, p=0.06).startswith("inconclusive")
+    assert verdict(clear, p=0.06).startswith("inconclusive (among so many comparisons")
 
 
 def test_seeds_needed_count_the_distance_to_the_margin() -> None:
