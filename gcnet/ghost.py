@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from gcnet.errors import unknown
 
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+# Norms that centre every image's own signal: no statistics of theirs make them the identity.
+_CENTRING = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.instancenorm._InstanceNorm)
 
 
 def expand(connectivity: Tensor, weight: Tensor) -> Tensor:
@@ -46,7 +47,7 @@ def build_ghost(model: nn.Module, connectivity: Mapping[str, Tensor], *, batchno
     for name in connectivity:
         if name not in known:
             raise unknown("layer", name, known)
-    for name, module in ghost.named_modules():
+    for name, module in list(ghost.named_modules()):
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             if name in connectivity:
                 try:
@@ -55,14 +56,15 @@ def build_ghost(model: nn.Module, connectivity: Mapping[str, Tensor], *, batchno
                     raise ValueError(f"layer '{name}': {error}") from None
             if module.bias is not None:
                 module.bias.zero_()
-        elif isinstance(module, _NORMS) and batchnorm == "identity":
-            if getattr(module, "running_mean", None) is not None:
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and batchnorm == "identity":
+            if module.running_mean is not None:
                 module.running_mean.zero_()
                 module.running_var.fill_(1 - module.eps)
             if module.weight is not None:
                 module.weight.fill_(1)
-            if module.bias is not None:
                 module.bias.zero_()
+        elif isinstance(module, _CENTRING) and batchnorm == "identity" and name:
+            ghost.set_submodule(name, nn.Identity())
     return ghost
 
 

@@ -19,6 +19,7 @@ from gcnet.interop import check_plain
 from gcnet.pruning import (
     PRUNERS,
     Masks,
+    apply_masks,
     check_sparsity,
     collapsed_layers,
     prune,
@@ -28,6 +29,7 @@ from gcnet.pruning import (
     weight_name,
     zero_before,
 )
+from gcnet.synaptic_flow import flow, linearized
 
 Role = Literal["direct", "guided", "mixed"]
 
@@ -203,8 +205,6 @@ def _report(model: nn.Module, masks: Masks, plan: dict[str, Role], graph: LayerG
 @torch.no_grad()
 def passes_signal(model: nn.Module, masks: Masks, example_input: Tensor) -> bool:
     """Whether any path from input to output survives: with |weights| and an all-ones input, is the output above 0?"""
-    from gcnet.pruning import apply_masks, linearized
-
     twin = linearized(model)
     apply_masks(twin, masks)
-    return bool((twin(torch.ones_like(example_input[:1], dtype=torch.float64)) > 0).any())
+    return bool((flow(twin, example_input) > 0).any())

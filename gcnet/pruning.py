@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from gcnet.errors import unknown
 from gcnet.store import atomic_write
+from gcnet.synaptic_flow import flow, linearized
 
 Scores = dict[str, Tensor]
 
@@ -193,58 +193,10 @@ def lamp_score(model: nn.Module, layers: Sequence[str], context: Context) -> Sco
     return scores
 
 
-# With only positive signals ReLU is the identity; the others would saturate or bend and stop the flow.
-_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh,
-                nn.LeakyReLU, nn.ELU, nn.Mish, nn.Dropout)  # fmt: skip
-
-
-class _Slope(nn.Module):
-    """BatchNorm as a positive factor a channel."""
-
-    def __init__(self, norm: nn.modules.batchnorm._BatchNorm) -> None:
-        super().__init__()
-        slope = torch.ones(norm.num_features, dtype=torch.float64, device=next(norm.buffers(), torch.empty(0)).device)
-        if norm.running_var is not None:  # without running statistics: unit variance
-            slope = (norm.running_var.double() + norm.eps).rsqrt()
-        if norm.weight is not None:
-            slope = slope.to(norm.weight.device) * norm.weight.detach().double().abs()
-        self.register_buffer("slope", slope)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.slope.view(1, -1, *[1] * (x.ndim - 2))
-
-
-def linearized(model: nn.Module) -> nn.Module:
-    """A float64 copy in eval mode with |parameters|, BatchNorm as a positive slope, no biases, no saturation.
-
-    Source: SynFlow, arXiv 2006.05467, section 5 (the data-free objective); eval-mode BatchNorm without its shift, and
-    activations as the identity, are choices: all signals are positive, so a shift could only switch paths off.
-    """
-    twin = copy.deepcopy(model).double().eval()
-    for name, module in list(twin.named_modules()):
-        replacement: nn.Module | None = None
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            replacement = _Slope(module)
-        elif isinstance(module, _ACTIVATIONS):
-            replacement = nn.Identity()
-        elif isinstance(getattr(module, "bias", None), nn.Parameter):
-            module.bias.data.zero_()
-        if replacement is not None and name:
-            parent, _, child = name.rpartition(".")
-            setattr(twin.get_submodule(parent), child, replacement)
-    for parameter in twin.parameters():
-        parameter.data.abs_()
-        parameter.requires_grad_(True)
-    return twin
-
-
 def _synflow_scores(twin: nn.Module, layers: Sequence[str], example_input: Tensor) -> Scores:
-    ones = torch.ones_like(example_input[:1], dtype=torch.float64)
     flows = {weight_name(layer): twin.get_submodule(layer).weight for layer in layers}
     with torch.enable_grad():
-        out = twin(ones)
-        total = (out if isinstance(out, Tensor) else out[0]).sum()
-        grads = torch.autograd.grad(total, list(flows.values()), allow_unused=True)
+        grads = torch.autograd.grad(flow(twin, example_input).sum(), list(flows.values()), allow_unused=True)
     return {
         name: (weight.detach() * grad).abs() if grad is not None else torch.zeros_like(weight)
         for (name, weight), grad in zip(flows.items(), grads, strict=True)
