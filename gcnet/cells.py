@@ -154,6 +154,7 @@ def connectivity_inputs(study: Study, seed: int, similarity: str) -> dict[str, A
         "absolute": study.absolute or None,
         "residual": None if study.residual == "all" else study.residual,
         "images": study.connectivity_images or None,
+        "width": "of images from everywhere" if similarity == "hsic" else None,
         "precision": "float32",
     }
 

@@ -313,9 +313,10 @@ def minibatch_cka(
     for name in layers or ():
         if name not in known:
             raise unknown("module", name, known)
-    size, total = 0, torch.zeros(())
+    size, total, device = 0, torch.zeros(()), next(model.parameters()).device
     with evaluation_mode(model):
         for images, _ in batches:
+            images = images.to(device)
             if not size:
                 size = len(images)
                 if size < 4:

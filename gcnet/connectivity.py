@@ -108,7 +108,7 @@ def _centred_alignment(parent: Tensor, child: Tensor, kernel: Kernel) -> Tensor:
 
 def _median_distance(filters: Tensor) -> Tensor:
     """The median distance between two images, per filter (over at most 300 images): the RBF kernel's width."""
-    few = filters[:, :300]
+    few = filters[:, :: -(-filters.shape[1] // 300)]  # from all of them: they may come class after class
     median = torch.cat([(f[:, :, None] - f[:, None, :]).abs().flatten(1).median(1).values for f in few.split(64)])
     return torch.where(median > 0, median, 1.0)[:, None, None]
 
@@ -290,8 +290,10 @@ def connectivity(
     uniformly from the seed, for the similarities that need samples (default 2,000 for spearman and mutual_information,
     500 for distance and hsic, whose cost grows with the square).
     The matrices of parents that meet in a sum are added, those of concatenated parents stand side by side, a
-    flattened channel repeats its value. The model's mode and buffers are left as they were.
-    Raises ValueError for an unknown name or fewer than 2 images, FloatingPointError for activations that are NaN.
+    flattened channel repeats its value. A layer that runs more than once is measured at its first call, and is no
+    parent of itself. The model's mode and buffers are left as they were.
+    Raises ValueError for an unknown name, fewer than 2 images, a layer whose rows are no multiple of the images;
+    FloatingPointError for activations that are NaN.
     Source: GC-Net, Fig. 1 step 2 and Fig. 2; the rest of the parameters are choices.
     """
     if similarity not in SIMILARITIES:
@@ -306,7 +308,7 @@ def connectivity(
         raise ValueError("connectivity needs at least 2 images, got no batch at all")
     if graph is None:
         graph = layer_graph(model, first[0][:1].to(next(model.parameters()).device), residual=residual)
-    layers = [layer for layer in graph.layers if graph.parents[layer]]
+    layers = [layer for layer in graph.layers if graph.others(layer)]
     if not layers:
         return {}
     pairs: list[tuple[Tap, Tap]] = []
@@ -314,13 +316,13 @@ def connectivity(
         if kind.basis == "regression":
             pairs += [((layer, where), (layer, "input")), ((layer, "input"), (layer, "input"))]
         else:
-            pairs += [((layer, where), (parent, where)) for parent in graph.parents[layer]]
+            pairs += [((layer, where), (parent, where)) for parent in graph.others(layer)]
     groups = {layer: _input_groups(graph, layer) for layer in layers} if kind.basis == "regression" else {}
     taps = dict.fromkeys(chain.from_iterable(pairs))
     moments: dict[int, Moments] = {}
     reservoir = Reservoir(taps, samples or kind.most, seed)
     count = 0
-    for values, labels in _at_least(_MERGED_AT_ONCE, stream(model, chain([first], iterator), graph, taps)):
+    for values, labels in _at_least(_MERGED_AT_ONCE, _by_image(stream(model, chain([first], iterator), graph, taps))):
         count += len(labels)
         for layer, group in groups.items():
             values[layer, "input"] = _merged(values[layer, "input"], group)
@@ -354,10 +356,28 @@ def connectivity(
         if kind.basis == "regression":
             matrix = pooled((layer, "input"))[:, groups[layer].to(next(model.parameters()).device)]
         else:
-            of_parent = {parent: pooled((parent, where)) for parent in graph.parents[layer]}
-            matrix = sum(_columns(of_parent[s.parent], s.index) for s in graph.sources[layer])
+            of_parent = {parent: pooled((parent, where)) for parent in graph.others(layer)}
+            matrix = sum(_columns(of_parent[s.parent], s.index) for s in graph.sources[layer] if s.parent != layer)
         result[layer] = _diagonal_blocks(matrix, module).float()
     return result
+
+
+def _by_image(
+    batches: Iterable[tuple[dict[Tap, Tensor], Tensor]],
+) -> Iterator[tuple[dict[Tap, Tensor], Tensor]]:
+    """One row an image: where a layer sees several (windows, frames, one image after the other), their mean."""
+    for values, labels in batches:
+        for (layer, _), rows in values.items():
+            if len(labels) and len(rows) % len(labels):
+                raise ValueError(
+                    f"layer '{layer}' gives {len(rows)} rows for {len(labels)} images: connectivity needs the same "
+                    "number of rows for every image, those of one image after the other"
+                )
+        yield {tap: _mean_of_each(rows, len(labels)) for tap, rows in values.items()}, labels
+
+
+def _mean_of_each(rows: Tensor, images: int) -> Tensor:
+    return rows if len(rows) == images else rows.view(images, -1, rows.shape[1]).mean(1)
 
 
 # Merging moments costs the same for one image as for hundreds, and much for wide networks: small batches wait.

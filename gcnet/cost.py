@@ -1,7 +1,8 @@
 """Parameters and multiply-accumulates (MACs) of a network, dense and under a mask; measured latency.
 
-One MAC is one multiplication and one addition, that is two FLOPs. Convolutions and Linear layers are counted, for
-one image; normalisation, activations, pooling and attention products are not (choice, the usual one).
+One MAC is one multiplication and one addition, that is two FLOPs. Convolutions, Linear layers and the projections of
+nn.MultiheadAttention are counted, for one image; normalisation, activations, pooling and attention products are not
+(choice, the usual one).
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ def layer_macs(model: nn.Module, example_input: Tensor) -> dict[str, int]:
     """Dense multiply-accumulates of every convolution and Linear layer for one image, in order of first execution.
 
     example_input: (N, C, H, W), or (N, ..., features) for a network without convolutions; the count does not depend
-    on N. A layer called twice counts twice; a layer that is never called is left out. The model's mode, buffers and
-    hooks are as before on return.
+    on N. A layer called twice counts twice; a layer that is never called is left out. What nn.MultiheadAttention
+    projects stands under the names of its parameters. The model's mode, buffers and hooks are as before on return.
     Raises ValueError if example_input has no batch dimension or a layer cannot take what reaches it.
     Source: output positions x kernel size x input channels / groups x output channels.
     """
     macs: dict[str, int] = {}
-    for name, layer, positions in _layer_calls(model, example_input):
-        macs[name] = macs.get(name, 0) + positions * layer.weight.numel()
+    for name, weight, positions in _layer_calls(model, example_input):
+        macs[name] = macs.get(name, 0) + positions * weight.numel()
     return macs
 
 
@@ -47,9 +48,9 @@ def macs(model: nn.Module, example_input: Tensor, masks: Mapping[str, Tensor] | 
     # By identity and not by name, so that two layers that share one parameter share its mask.
     kept = {id(model.get_parameter(name)): mask for name, mask in _checked(model, masks).items()}
     total = 0
-    for _, layer, positions in _layer_calls(model, example_input):
-        mask = kept.get(id(layer.weight))
-        total += positions * (layer.weight.numel() if mask is None else int(torch.count_nonzero(mask)))
+    for _, weight, positions in _layer_calls(model, example_input):
+        mask = kept.get(id(weight))
+        total += positions * (weight.numel() if mask is None else int(torch.count_nonzero(mask)))
     return total
 
 
@@ -216,10 +217,10 @@ def check_channels(name: str, layer: nn.Module, x: Tensor, example_shape: tuple[
         )
 
 
-def _layer_calls(model: nn.Module, example_input: Tensor) -> list[tuple[str, nn.Module, int]]:
-    """(name, layer, output positions of one image) for each call of a convolution or Linear, in execution order."""
+def _layer_calls(model: nn.Module, example_input: Tensor) -> list[tuple[str, Tensor, int]]:
+    """(name, weight, output positions of one image) for each call of a convolution or Linear, in execution order."""
     check_example(model, example_input)
-    calls: list[tuple[str, nn.Module, int]] = []
+    calls: list[tuple[str, Tensor, int]] = []
     shape = tuple(example_input.shape)
 
     def count(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -227,7 +228,22 @@ def _layer_calls(model: nn.Module, example_input: Tensor) -> list[tuple[str, nn.
             positions = x.numel() // layer.in_channels  # each input position spreads the whole kernel
         else:
             positions = y.numel() // (layer.out_channels if isinstance(layer, _ConvNd) else layer.out_features)
-        calls.append((name, layer, positions))
+        calls.append((name, layer.weight, positions))
+
+    def count_projections(name: str, layer: nn.MultiheadAttention, args: tuple, kwargs: dict[str, Any]) -> None:
+        tokens = [
+            x.numel() // x.shape[-1]
+            for x in (args[k] if k < len(args) else kwargs[word] for k, word in enumerate(("query", "key", "value")))
+        ]
+        if layer.in_proj_weight is not None and len(set(tokens)) == 1:
+            calls.append((f"{name}.in_proj_weight", layer.in_proj_weight, tokens[0]))
+        elif layer.in_proj_weight is not None:  # cross-attention: a third of the rows each
+            thirds = layer.in_proj_weight.chunk(3)
+            calls.extend((f"{name}.in_proj_weight", w, n) for w, n in zip(thirds, tokens, strict=True))
+        else:
+            for which, n in zip("qkv", tokens, strict=True):
+                calls.append((f"{name}.{which}_proj_weight", getattr(layer, f"{which}_proj_weight"), n))
+        calls.append((f"{name}.out_proj", layer.out_proj.weight, tokens[0]))
 
     handles = []
     try:
@@ -240,6 +256,13 @@ def _layer_calls(model: nn.Module, example_input: Tensor) -> list[tuple[str, nn.
                 )
                 handles.append(
                     layer.register_forward_hook(lambda module, args, out, name=name: count(name, module, args[0], out))
+                )
+            elif isinstance(layer, nn.MultiheadAttention):  # its own Linear is never called
+                handles.append(
+                    layer.register_forward_pre_hook(
+                        lambda module, args, kwargs, name=name: count_projections(name, module, args, kwargs),
+                        with_kwargs=True,
+                    )
                 )
         with evaluation_mode(model), torch.no_grad():
             # One image: positions are then exactly per image, also where a network folds the batch into windows.

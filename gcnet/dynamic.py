@@ -426,7 +426,7 @@ def _what_follows(graph: LayerGraph, name: str) -> tuple[str | None, str]:
         return user, graph.module.get_submodule(str(user.target)) if user.op == "call_module" else None
 
     user, module = follower(node)
-    if isinstance(module, nn.BatchNorm2d):
+    if isinstance(module, nn.BatchNorm2d) and module.running_var is not None:
         calls = sum(n.op == "call_module" and graph.module.get_submodule(str(n.target)) is module
                     for n in nodes.values())  # fmt: skip
         if calls == 1:
@@ -558,11 +558,12 @@ def measure(gated: Gated, batches: Iterable[tuple[Tensor, Tensor]]) -> Firing:
     Raises ValueError when there is no image.
     """
     parts: list[tuple[Tensor, ...]] = []
+    device = next(gated.parameters()).device
     gated.record(True)
     try:
         with evaluation_mode(gated):
             for images, _ in batches:
-                logits = gated(images)
+                logits = gated(images.to(device))
                 signals = gated.signals()
                 masks = {layer: signal.mask for layer, signal in signals.items()}
                 targets = {layer: _targets(signal.maxima, gated.r) for layer, signal in signals.items()}
@@ -616,9 +617,10 @@ def estimate_flops(
     r_grid = [check_r(r) for r in r_grid]
     if not r_grid:
         raise ValueError("estimate_flops needs at least one r: r_grid is empty")
-    gated, images = None, 0
+    gated, images, device = None, 0, next(model.parameters()).device
     totals = torch.zeros(len(r_grid), 2, dtype=torch.float64)
     for x, _ in batches:
+        x = x.to(device)
         if gated is None:
             gated = gate(model, x[:1], layers=layers, graph=graph).eval()
             gated.record(True)
@@ -671,12 +673,12 @@ def start_heads(gated: Gated, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
     So training starts from masks near the targets instead of from random ones. Raises ValueError for no image.
     """
     wanted: dict[str, Tensor] = {}
-    images = 0
+    images, device = 0, next(gated.parameters()).device
     gated.record(True)
     try:
         with evaluation_mode(gated), gated.forced():
             for x, _ in batches:
-                gated(x)
+                gated(x.to(device))
                 for layer, signal in gated.signals().items():
                     wanted[layer] = wanted.get(layer, 0) + _targets(signal.maxima, gated.r).sum(0)
                 images += len(x)

@@ -27,6 +27,7 @@ from torch.nn.modules import activation, batchnorm, dropout, normalization, padd
 
 from gcnet.cost import check_channels, check_example, evaluation_mode
 from gcnet.errors import unknown
+from gcnet.training import Normalize
 
 RESIDUAL = ("all", "nearest")
 
@@ -86,6 +87,10 @@ class LayerGraph:
 
     def __str__(self) -> str:
         return _table(self)
+
+    def others(self, layer: str) -> tuple[str, ...]:
+        """The parents of a layer but itself: one that is called again on its own output is its own parent."""
+        return tuple(parent for parent in self.parents[layer] if parent != layer)
 
 
 def layer_graph(
@@ -181,7 +186,7 @@ class _Proxy(fx.Proxy):
 
 
 class Tracer(fx.Tracer):
-    """torch.fx's tracer that also keeps every Conv2d and Linear, and the modules asked for, whole."""
+    """torch.fx's tracer that also keeps every Conv2d and Linear, our `Normalize`, and the modules asked for, whole."""
 
     def __init__(self, leaf_modules: Iterable[type | str] = ()) -> None:
         super().__init__()
@@ -194,7 +199,7 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         # A subclass of Conv2d from another library is a layer too, although fx would look inside.
-        if _is_layer(module) or isinstance(module, self.leaf_types) or name in self.leaf_names:
+        if _is_layer(module) or isinstance(module, (*self.leaf_types, Normalize)) or name in self.leaf_names:
             return True
         return super().is_leaf_module(module, name)
 

@@ -69,7 +69,7 @@ def split(graph: LayerGraph, hybrid: str | Sequence[str]) -> dict[str, Role]:
     """
     layers = graph.layers
     if mixing_exponent(hybrid) is not None:
-        return {layer: "mixed" if graph.parents[layer] else "direct" for layer in layers}
+        return {layer: "mixed" if graph.others(layer) else "direct" for layer in layers}
     if isinstance(hybrid, str):
         side, share = side_and_share(hybrid)
         count = round(share * len(layers))
@@ -79,7 +79,7 @@ def split(graph: LayerGraph, hybrid: str | Sequence[str]) -> dict[str, Role]:
             if name not in layers:
                 raise unknown("layer", name, layers)
         guided = set(hybrid)
-    return {layer: "guided" if layer in guided and graph.parents[layer] else "direct" for layer in layers}
+    return {layer: "guided" if layer in guided and graph.others(layer) else "direct" for layer in layers}
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def _report(model: nn.Module, masks: Masks, plan: dict[str, Role], graph: LayerG
         "kept_weights": sum(row["kept"] for row in rows),
         "collapsed_layers": collapsed_layers(masks),
         "layers": rows,
-        "without_parent": tuple(layer for layer in graph.layers if not graph.parents[layer]),
+        "without_parent": tuple(layer for layer in graph.layers if not graph.others(layer)),
         "zero_before": zero_before(model, graph.layers),
         "notes": graph.notes,
     }

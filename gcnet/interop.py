@@ -43,8 +43,21 @@ def held_elsewhere(model: nn.Module) -> dict[str, str]:
 
 
 def check_plain(model: nn.Module) -> None:
-    """Raise ValueError, naming the layers, if weights are held by torch's prune or parametrize: copies would break."""
+    """Raise ValueError, naming the layers, if weights are held by torch's prune or parametrize: copies would break; or
+    computed before every pass, as the older weight_norm and spectral_norm do."""
     found = held_elsewhere(model)
+    computed = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Conv2d, nn.Linear))
+        and name not in found
+        and not isinstance(getattr(module, "weight", None), nn.Parameter)
+    ]
+    if computed:
+        raise ValueError(
+            f"the weights of {', '.join(map(repr, computed))} are no parameters but computed before every pass: make "
+            "them plain first, with torch.nn.utils.remove_weight_norm(layer) or remove_spectral_norm(layer)"
+        )
     if found:
         how = sorted(set(found.values()))
         ways = {"torch.nn.utils.prune": "from_torch_prune", "torch.nn.utils.parametrize": "from_parametrize"}

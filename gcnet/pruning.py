@@ -60,13 +60,20 @@ def weight_name(layer: str) -> str:
 
 
 def weights(model: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
-    """{parameter name: detached weight} of the named layers. Raises ValueError for a layer that is not there."""
+    """{parameter name: detached weight} of the named layers. Raises ValueError for a layer that is not there, and for
+    two layers that share one weight: each would have a mask of its own."""
     known = prunable_layers(model)
-    found = {}
+    found, owners = {}, {}
     for layer in layers:
         if layer not in known:
             raise unknown("layer", layer, known)
-        found[weight_name(layer)] = model.get_submodule(layer).weight.detach()
+        weight = model.get_submodule(layer).weight
+        other = owners.setdefault(id(weight), layer)
+        if other != layer:
+            raise ValueError(
+                f"layers '{other}' and '{layer}' share one weight: prune with layers=... without one of them"
+            )
+        found[weight_name(layer)] = weight.detach()
     return found
 
 

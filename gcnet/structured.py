@@ -316,6 +316,8 @@ def _members(group: Any, name_of: Mapping[nn.Module, str]) -> tuple[tuple[_Membe
             return (), 1, f"the channels of '{name_of[module]}' could not be followed"
         if isinstance(module, nn.PReLU) and module.num_parameters == 1:
             continue
+        if isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels != module.out_channels:
+            return (), 1, f"'{name_of[module]}' makes several filters of each channel"
         side = "in" if isinstance(module, (nn.Conv2d, nn.Linear)) and not _is_out(item.dep) else "out"
         if isinstance(module, nn.Conv2d) and 1 < module.groups != module.out_channels:
             ways = max(ways, module.groups)

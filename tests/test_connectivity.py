@@ -24,6 +24,7 @@ from gcnet.connectivity import (
     spearman,
 )
 from gcnet.graph import layer_graph
+from gcnet.hybrid import split
 
 # --- paired samples -------------------------------------------------------------------------------------------------
 
@@ -590,3 +591,79 @@ def test_samples_are_drawn_from_the_seed() -> None:
 
 def test_a_network_of_one_layer_has_no_connectivity() -> None:
     assert connectivity(nn.Sequential(nn.Conv2d(2, 3, 1)), cut(images(), 9)) == {}
+
+
+# --- rows that are not images, layers that feed themselves ----------------------------------------------------------
+
+
+class Frames(nn.Module):
+    """Convolutions on every frame of a clip, a classifier on the clip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.last = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 5, 3), nn.Linear(20, 3)
+
+    def forward(self, clips: Tensor) -> Tensor:
+        x = clips.reshape(-1, 3, 6, 6)
+        x = self.second(self.first(x).relu()).mean((2, 3))
+        return self.last(x.reshape(-1, 20))
+
+
+@pytest.mark.parametrize("name", ["pearson", "spearman", "hsic", "partial"])
+def test_frames_of_an_image_are_averaged(name: str) -> None:
+    model, clips = Frames().eval(), torch.randn(40, 12, 6, 6, generator=torch.Generator().manual_seed(1))
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(2))
+    graph = layer_graph(model, clips[:1])
+    labels = torch.zeros(40, dtype=torch.int64)
+    one = connectivity(model, [(clips, labels)], similarity=name, graph=graph)
+    other = connectivity(model, [(clips[order], labels)], similarity=name, graph=graph)
+    assert set(one) >= {"second"} and one["second"].shape == (5, 6)
+    for layer in one:
+        assert torch.allclose(one[layer], other[layer], atol=0.02 if name == "hsic" else 1e-5)
+
+
+def test_rows_that_belong_to_no_image_are_refused() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(torch.cat([self.first(x), self.first(x[:1])]))[:-1]
+
+    with pytest.raises(ValueError, match=r"layer 'second' gives 8 rows for 7 images"):
+        connectivity(Odd(), [(torch.randn(7, 4), torch.zeros(7, dtype=torch.int64))])
+
+
+def test_a_layer_that_runs_again_is_no_parent_of_itself() -> None:
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.again, self.alone = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(self.alone(self.alone(x)))
+            for _ in range(3):
+                x = self.again(x).relu()
+            return x
+
+    model, x = Again().eval(), torch.randn(60, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    graph = layer_graph(model, x[:1])
+    assert set(graph.parents["again"]) == {"first", "again"} and graph.others("again") == ("first",)
+    found = connectivity(model, [(x, torch.zeros(60, dtype=torch.int64))], graph=graph)
+    with torch.no_grad():
+        before = model.first(model.alone(model.alone(x)))
+        a, b = before.mean((2, 3)), model.again(before).mean((2, 3))
+    truth = torch.corrcoef(torch.cat([b.T, a.T]))[:8, 8:]
+    assert torch.allclose(found["again"], truth, atol=1e-4) and "alone" not in found
+    assert split(graph, "Full") == {"alone": "direct", "first": "guided", "again": "guided"}
+
+
+def test_the_width_of_hsic_is_that_of_all_images_however_they_are_sorted() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.cat([torch.randn(300, 2, generator=generator), 9 + 3 * torch.randn(300, 2, generator=generator)])
+    y = x @ torch.randn(2, 2, generator=generator) + torch.randn(600, 2, generator=generator)
+    order = torch.randperm(600, generator=generator)
+    assert torch.allclose(hsic(x, y), hsic(x[order], y[order]), atol=0.02)

@@ -158,3 +158,39 @@ def test_bad_masks() -> None:
         macs(small(), X, {"0.weigth": torch.ones(1, dtype=torch.bool)})
     with pytest.raises(ValueError, match=r"mask '0\.weight' has shape \(4, 2\); its parameter has \(4, 2, 3, 3\)"):
         parameters(small(), {"0.weight": torch.ones(4, 2, dtype=torch.bool)})
+
+
+def test_the_projections_of_attention_are_counted() -> None:
+    class Attention(nn.Module):
+        def __init__(self, **how: object) -> None:
+            super().__init__()
+            self.attention, self.last = nn.MultiheadAttention(8, 2, **how), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.attention(x, x, value=x)[0])
+
+    model, x = Attention(batch_first=True), torch.randn(1, 5, 8)
+    assert layer_macs(model, x) == {
+        "attention.in_proj_weight": 5 * 3 * 64, "attention.out_proj": 5 * 64, "last": 5 * 24,
+    }  # fmt: skip
+    half = torch.arange(64).view(8, 8) % 2 == 0
+    assert macs(model, x, {"attention.out_proj.weight": half}) == 5 * (3 * 64 + 32 + 24)
+    apart = Attention(batch_first=True, kdim=8, vdim=8)
+    apart.attention._qkv_same_embed_dim = False
+    assert sum(layer_macs(Attention(batch_first=True), x).values()) == 5 * (4 * 64 + 24)
+
+
+def test_cross_attention_counts_the_tokens_of_each_side() -> None:
+    class Cross(nn.Module):
+        def __init__(self, **how: int) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **how)
+
+        def forward(self, x: Tensor) -> Tensor:
+            few = x[:, :2]
+            memory = x[..., :6] if self.attention.in_proj_weight is None else x
+            return self.attention(few, memory, memory)[0]
+
+    x = torch.randn(1, 5, 8)
+    assert macs(Cross(), x) == 64 * (2 + 5 + 5 + 2)
+    assert macs(Cross(kdim=6, vdim=6), x) == 64 * 2 + 48 * 5 * 2 + 64 * 2

@@ -602,3 +602,14 @@ def test_a_scaled_head_pulls_at_the_backbone_as_the_papers_does() -> None:
         logits[-1].backward(pull)
         pulls.append(x.grad)
     assert torch.allclose(logits[1], 16 * logits[0]) and torch.allclose(pulls[1], pulls[0]) and some(pulls)
+
+
+def test_a_norm_without_running_statistics_is_left_behind_the_gate() -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(6, track_running_stats=False)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), norm, nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2)
+    )
+    gated = spread_out(gate(model.eval(), noise(1, size=8)[:, :3]))
+    x = noise(1, size=8)[:, :3]
+    assert torch.allclose(DynamicInference(gated)(x), gated(x), atol=1e-5)

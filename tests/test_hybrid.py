@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import pytest
@@ -18,6 +18,7 @@ from gcnet.graph import LayerGraph, layer_graph
 from gcnet.hybrid import HYBRIDS, ghost_prune, hybrid_masks, passes_signal, split
 from gcnet.networks import NETWORKS, build
 from gcnet.pruning import PRUNERS, Masks, apply_masks, global_masks, prune, pruned_count, sparsity
+from gcnet.training import Normalize
 
 # --- plans ----------------------------------------------------------------------------------------------------------
 
@@ -394,3 +395,21 @@ def test_a_mix_ranks_all_layers_together_at_the_exact_sparsity() -> None:
     kept = torch.cat([m.get_submodule(n[:-7]).weight.abs()[k] for m in [mixed] for n, k in masks.items()]).min()
     lost = torch.cat([mixed.get_submodule(n[:-7]).weight.abs()[~k] for n, k in masks.items()]).max()
     assert kept >= lost
+
+
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+def test_weights_that_are_computed_before_every_pass_are_refused(norm: Callable[[nn.Module], nn.Module]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), norm(nn.Conv2d(4, 4, 3)))
+    with pytest.raises(ValueError, match="weights of '1' are no parameters but computed"):
+        ghost_prune(model, [(torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64))], sparsity=0.5)
+
+
+def test_a_network_behind_its_normalisation_is_traced() -> None:
+    model = nn.Sequential(
+        Normalize([0.5] * 3, [0.2] * 3), nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3))
+    )
+    images = torch.randint(0, 256, (8, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    found = ghost_prune(model, [(images, torch.zeros(8, dtype=torch.int64))], sparsity=0.5, hybrid="Full")
+    assert found.report["sparsity"] == pytest.approx(0.5, abs=0.01) and found.report["notes"] == ()
+    assert found.plan == {"1.0": "direct", "1.2": "guided"}

@@ -459,3 +459,11 @@ def test_what_masks_add_up_to() -> None:
     ]
     assert sparsity({}) == 0.0
     assert prunable_layers(small()) == ("0", "3", "7")
+
+
+def test_layers_that_share_a_weight_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 2))
+    model[2].weight = model[0].weight
+    with pytest.raises(ValueError, match="layers '0' and '2' share one weight"):
+        prune(model, pruner="l1", sparsity=0.5)
+    assert removed(prune(model, pruner="l1", sparsity=0.5, layers=["0", "3"])) == 12

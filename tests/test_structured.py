@@ -608,3 +608,15 @@ def test_study_parameters_are_checked() -> None:
     with pytest.raises(ValueError, match="must be at least 1"):
         Study.create(structured_latency_batches=[0])
     assert Recipe(epochs=1)
+
+
+def test_a_depthwise_convolution_with_several_filters_a_channel_is_left_whole() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 12, 3, groups=6), nn.ReLU(), nn.Conv2d(12, 8, 1), nn.ReLU(),
+        nn.Conv2d(8, 4, 1),
+    )  # fmt: skip
+    batches = [(torch.randn(4, 3, 12, 12), torch.zeros(4, dtype=torch.int64))]
+    found = structured_prune(model, batches, macs=0.8, hybrid="direct")
+    assert found.network[2].weight.shape == (12, 1, 3, 3) and found.network[4].out_channels < 8
+    assert any("makes several filters of each channel" in words for words in found.report["frozen"].values())
