@@ -25,7 +25,7 @@ SNACS_NAMES = {"snacs": "SNACS", "mint": "MINT", "l1_block": "L1 blocks", "l1_fi
 FTWT_NAMES = {"decoupled": "FTWT decoupled", "joint": "FTWT joint", "l1_filter": "L1 filters, FTWT's MACs"}
 # The plain setting of each system and its peers: what fits on one page.
 PLAIN = ("dense", "L1 direct", "L1 B25", "OS-SynFlow direct", "OS-SynFlow B25", "SNACS", "MINT", "L1 blocks",
-         "FTWT decoupled", "L1 filters, FTWT", "RST", "filters: direct", "filters: B25",
+         "GC-Net B25", "FTWT decoupled", "L1 filters, FTWT", "RST", "filters: direct", "filters: B25",
          "filters: torch-pruning magnitude")  # fmt: skip
 # Shares of the dense network's multiply-accumulates that count as one budget (choice).
 BUDGETS = ((0.0, 0.2), (0.2, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1.01))
@@ -95,7 +95,7 @@ def _blocks(study: Study) -> Iterator[_Network]:
             "gcnet": [_correlating(study, cell.seed)],
         }
         yield _Network(
-            "SNACS" if cell.method == "snacs" else "peer of SNACS",
+            {"snacs": "SNACS", "gcnet": "GC-Net"}.get(cell.method, "peer of SNACS"),
             f"{SNACS_NAMES[cell.method]} (δ {cell.delta:g})",
             cell.seed,
             result["sparsity"],
@@ -190,49 +190,73 @@ def _dense_macs(study: Study) -> float:
 
 
 def settings(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows with `level`, the sparsity in steps of five points (0 where the method's name says the setting), and
-    `macs` and `sparsity` averaged over the seeds and families of a method and level: one point of a comparison."""
-    named = rows.system.isin(("SNACS", "peer of SNACS", "FTWT", "peer of FTWT", "structured"))
-    rows = rows.assign(level=((20 * rows.sparsity).round() / 20).where(~named, 0.0))
-    point = rows.groupby(["method", "level"], sort=False)
+    """The rows with `setting`, the method with its sparsity (in steps of five points) where its name does not say it;
+    `macs` and `sparsity` are averaged over the seeds and families of a setting: one point each."""
+    named = rows.method.str.contains(r"\(") | (rows.system == "dense")
+    at = [f" ({share:.0%})" for share in (20 * rows.sparsity).round() / 20]
+    rows = rows.assign(setting=rows.method + np.where(named, "", at))
+    point = rows.groupby(["network", "setting"], sort=False)
     return rows.assign(macs=point.macs.transform("mean"), sparsity=point.sparsity.transform("mean"))
 
 
-def plain(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of each system's plain setting (PLAIN, without partial correlation)."""
-    return rows[rows.method.str.startswith(PLAIN) & ~rows.method.str.endswith("partial")]
+def in_budgets(rows: pd.DataFrame, by: str) -> pd.DataFrame:
+    """`settings` of the pruned networks with `budget` (words) and `order` (the same as a number), sorted.
 
-
-def budget_table(rows: pd.DataFrame, by: str) -> pd.DataFrame:
-    """Mean and 95 % interval over seeds: budget and method down; clean, corrupted, natural, calibration error clean and
-    corrupted, MACs, seconds across.
-
-    by: "sparsity" (unstructured methods and sparse training, in steps of five points) or "macs" (everything, in the
-    BUDGETS). Within a budget and family the best is bold only where the interval of its difference to the second best
-    leaves 0 out.
+    by: "sparsity" (masks and sparse training, in steps of five points) or "macs" (everything, in the BUDGETS).
     """
     rows = settings(rows[rows.system != "dense"])
     if by == "sparsity":
         rows = rows[~rows.system.isin(("structured", "FTWT", "peer of FTWT"))]
-        level = (20 * rows.sparsity).round() / 20
+        level = (20 * rows.sparsity).round() / 20  # of the mean over seeds: a setting stands in one budget
         rows = rows.assign(budget=[f"{value:.0%} removed" for value in level], order=level)
     else:
         edges = [next((low, high) for low, high in BUDGETS if low <= value < high) for value in rows.macs]
         names = [f"{low:.0%} to {min(high, 1):.0%} of the MACs" for low, high in edges]
         rows = rows.assign(budget=names, order=[low for low, _ in edges])
-    rows = rows.sort_values("order", kind="stable", ascending=by == "sparsity")
-    rows = rows.assign(method=rows.method + np.where(rows.network == rows.network.iloc[0], "", " †"))
+    return rows.sort_values("order", kind="stable", ascending=by == "sparsity")
+
+
+def best_of_budgets(rows: pd.DataFrame, by: str = "macs") -> pd.DataFrame:
+    """One row a budget: budget, setting, accuracy, settings (how many there are); the highest mean under corruption
+    among those on the study's own network."""
+    rows = in_budgets(rows[(rows.shift_family == "corrupted") & (rows.network == rows.network.iloc[0])], by)
+    found = []
+    for budget, part in rows.groupby("budget", sort=False):
+        means = part.groupby("setting").accuracy.mean()
+        found.append({"budget": budget, "setting": means.idxmax(), "accuracy": means.max(), "settings": len(means)})
+    return pd.DataFrame(found)
+
+
+def budget_table(rows: pd.DataFrame, by: str, only_plain: bool = False) -> pd.DataFrame:
+    """Mean and 95 % interval over seeds: budget and setting down; clean, corrupted, natural, calibration error clean
+    and corrupted, MACs, seconds across. by: see `in_budgets`.
+
+    Within a budget and family the best is bold only where the interval of its difference to the second best, of all
+    settings, leaves 0 out. only_plain: the rows of PLAIN without partial correlation, and of each budget's best.
+    """
+    best = best_of_budgets(rows, by)
+    rows = in_budgets(rows, by)
+    shown = rows.method.str.startswith(PLAIN) & ~rows.method.str.endswith("partial")
+    winners = set(zip(best.budget, best.setting, strict=True))
+    shown |= np.array([pair in winners for pair in zip(rows.budget, rows.setting, strict=True)], dtype=bool)
+    other = np.where(rows.network == rows.network.iloc[0], "", " †")
+    name = "method" if by == "sparsity" else "setting"
+    rows = rows.assign(method=rows[name] + other)
+    keys = ["budget", "method"]
     blocks = {}
     for family, part in rows.groupby("shift_family", sort=False):
         blocks[family] = mean_and_spread(part, ["budget"], "method", "accuracy", interval=True).stack()
-    means = rows[rows.shift_family == "clean"].groupby(["budget", "method"], sort=False)[["macs", "seconds"]].mean()
+    means = rows[rows.shift_family == "clean"].groupby(keys, sort=False)[["macs", "seconds"]].mean()
     table = pd.DataFrame({name: blocks[name] for name in ("clean", "corrupted", "natural") if name in blocks})
-    table.index.names = ["budget", "method"]
+    table.index.names = keys
     table = table.loc[(table.fillna("") != "").any(axis=1)].fillna("")
-    errors = rows.groupby(["shift_family", "budget", "method"], sort=False).ece.mean()
+    errors = rows.groupby(["shift_family", *keys], sort=False).ece.mean()
     for family in ("clean", "corrupted"):
         found = [100 * errors.get((family, *key), np.nan) for key in table.index]
         table[f"ECE {family}"] = ["" if np.isnan(value) else f"{value:.1f}" for value in found]
     table["MACs left"] = [f"{100 * means.macs.get(key, np.nan):.0f} %" for key in table.index]
     table["seconds"] = [f"{means.seconds.get(key, np.nan):.0f}" for key in table.index]
+    if only_plain:
+        kept = set(zip(rows[shown].budget, rows[shown].method, strict=True))
+        table = table[[key in kept for key in table.index]]
     return table

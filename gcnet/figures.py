@@ -528,7 +528,7 @@ def pareto(rows: pd.DataFrame, title: str) -> Figure:
     fill = {system: colors[system] if system in REMOVED else "white" for system in systems}
     points = [
         (system, part.macs.mean(), bootstrap(part.groupby("seed").accuracy.mean().to_numpy()))
-        for (system, _, _), part in rows.groupby(["system", "method", "level"], sort=False)
+        for (system, _), part in rows.groupby(["system", "setting"], sort=False)
     ]
     best = pd.DataFrame([(100 * macs, 100 * found.estimate) for _, macs, found in points], columns=["macs", "accuracy"])
     best = best.sort_values("macs")
@@ -550,7 +550,7 @@ def pareto(rows: pd.DataFrame, title: str) -> Figure:
     axes[1].set_title(f"within {NEAR} points of dense")
     look = {s: {"color": colors[s], "marker": markers[s], "mfc": fill[s], "label": s} for s in systems}
     handles = [plt.Line2D([], [], lw=0, **look[s]) for s in systems]
-    handles.append(plt.Line2D([], [], color="0.6", lw=1, label="best so far"))
+    handles.append(plt.Line2D([], [], color="0.6", lw=1, label="best at these MACs or fewer"))
     axes[1].legend(handles=handles, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), title="hollow: masks, MACs\n"
                    "saved in theory only", title_fontsize=8)  # fmt: skip
     return figure
@@ -584,10 +584,12 @@ VERDICTS = {"supported": ("#009E73", "o"), "contradicted": ("#D55E00", "X"), "in
 def forest(claims: pd.DataFrame) -> Figure:
     """Every comparison as an interval, coloured and marked by its verdict; rank correlations in their own panel."""
     apart = claims.measure.str.startswith("rank correlation")
-    seeds = f"95 % interval over {claims.n.max()} seeds"
+    many = claims.n.max() > 1
+    seeds = f"95 % interval over {claims.n.max()} seeds" if many else "one seed: no interval"
+    cut = " (cut at the frame)" if many else ""
     parts = [
-        (claims[~apart], 100, f"difference in points, {seeds} (cut at the frame)"),
-        (claims[apart], 1, f"difference of rank correlations, {seeds}"),
+        (claims[~apart], 100, f"difference in points, {seeds}{cut}"),
+        (claims[apart], 1, f"rank correlation, {seeds}"),
     ]
     parts = [part for part in parts if len(part[0])]
     heights = [len(rows) + 1 for rows, _, _ in parts]
@@ -597,8 +599,9 @@ def forest(claims: pd.DataFrame) -> Figure:
         limit = scale * float(rows.estimate.abs().max()) * 1.4 + scale / 100
         for height, row in enumerate(rows.iloc[::-1].itertuples()):
             color, marker = VERDICTS[row.verdict.split(" ")[0]]
-            low, high = np.clip([scale * row.ci_low, scale * row.ci_high], -limit, limit)
-            axis.plot([low, high], [height, height], color=color, lw=2)
+            if row.n > 1:
+                low, high = np.clip([scale * row.ci_low, scale * row.ci_high], -limit, limit)
+                axis.plot([low, high], [height, height], color=color, lw=2)
             axis.plot(scale * row.estimate, height, marker, color=color, ms=7)
         axis.axvline(0, color="black", lw=0.8)
         axis.set(xlim=(-limit, limit), ylim=(-0.7, len(rows) - 0.3), xlabel=label)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from gcnet import paths
 from gcnet.claims import every_verdict, load_claims
-from gcnet.comparison import budget_table, plain
+from gcnet.comparison import budget_table
 from gcnet.reporting import to_markdown
 
 COMPARISON = "cifar10_vgg16_bn_quarter_comparison"
@@ -51,13 +52,43 @@ def verdicts() -> str:
     return to_markdown(table.assign(claim=table.claim.mask(table.claim.duplicated(), "")))
 
 
+# What the answer in words tells: (of what, study, claim, part of the measures told).
+TOLD = (
+    ("Guidance of later layers against direct pruning", "cifar10_vgg16_bn_quarter", "gcnet-1", "shift"),
+    ("Guidance by partial correlation against Pearson", "cifar10_vgg16_bn_quarter", "ours-5", "shift"),
+    ("Guidance when whole filters go", "cifar10_vgg16_bn_quarter_structured", "structured-1", "- direct"),
+    ("SNACS at the sparsity that it finds", "cifar10_vgg16_bn_quarter_snacs", "snacs-4", "shift"),
+    ("FTWT at the same operations", "cifar10_vgg16_bn_quarter_ftwt", "ftwt-2", "shift"),
+    ("CKA-SR's penalty in sparse training, clean images", "cifar10_resnet20_cka_sr", "cka-sr-3", "clean"),
+)
+
+
+def answer() -> str:
+    """One line a system: differences in points of accuracy with their intervals, from the tables of claims."""
+    lines = []
+    for what, study, claim, measure in TOLD:
+        for file in sorted((paths.results(study) / "tables").glob("*claims.csv")):
+            rows = pd.read_csv(file)
+            rows = rows[(rows.claim == claim) & rows.measure.str.contains(measure, regex=False)]
+            told = [_points(row) for row in rows.itertuples()]
+            if told:
+                lines.append(f"- **{what}**: {'; '.join(told)}.")
+    return "\n".join(lines) + "\n" if lines else "No study has been run yet.\n"
+
+
+def _points(row: Any) -> str:
+    name = row.measure.split(": ")[-1].replace(" - ", " less ")
+    at = f" ({row.sparsity:.0%} removed)" if row.sparsity else ""
+    return f"{name}{at} {100 * row.estimate:+.1f} [{100 * row.ci_low:+.1f}, {100 * row.ci_high:+.1f}]"
+
+
 def systems() -> str:
     """One row a budget of operations and system: the plain settings of the comparison of all systems."""
     file = paths.results(COMPARISON) / "tables" / "comparison.csv"
     if not file.is_file():
         return "The systems have not been compared yet.\n"
     rows = pd.read_csv(file)
-    table = budget_table(plain(rows), "macs")
+    table = budget_table(rows, "macs", only_plain=True)
     dense = rows[rows.system == "dense"].groupby("shift_family").accuracy.mean()
     whole = ", ".join(f"{100 * mean:.1f} % {family}" for family, mean in dense.items())
     return f"{to_markdown(table)}\nThe dense networks: {whole}.\n"
@@ -129,6 +160,7 @@ def zoo() -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
+    "answer": answer,
     "verdicts": verdicts,
     "systems": systems,
     "times": times,

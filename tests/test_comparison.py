@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from gcnet import cells, cost, figures, ftwt_cells, snacs_cells, structured_cells, sweep
-from gcnet.comparison import COLUMNS, budget_table, comparison_table, settings
+from gcnet.comparison import COLUMNS, best_of_budgets, budget_table, comparison_table, settings
 from gcnet.store import Store, read_json
 from gcnet.study import Study
 
@@ -32,20 +32,50 @@ def rows() -> pd.DataFrame:
 
 def test_the_seeds_of_a_setting_are_one_point() -> None:
     found = settings(rows())
-    assert (
-        found.groupby("method")["macs"].nunique().eq(1).all() and found.groupby("method")["level"].nunique().eq(1).all()
+    assert (found.groupby("method")[["macs", "setting"]].nunique() == 1).all(axis=None)
+    names = dict(zip(found.method, found.setting, strict=True))
+    assert names == {
+        "L1 direct": "L1 direct (80%)",
+        "SNACS (δ 0.8)": "SNACS (δ 0.8)",
+        "FTWT": "FTWT (0%)",
+        "RST": "RST (80%)",
+    }
+
+
+def test_two_sparsities_in_one_budget_are_two_settings() -> None:
+    both = pd.concat([rows(), rows()[lambda r: r.method == "L1 direct"].assign(sparsity=0.95, accuracy=0.2)])
+    table = budget_table(both, "macs")
+    assert table.loc[("40% to 60% of the MACs", "L1 direct (80%)"), "clean"] == "91.0 [88.3, 93.7]"
+    assert table.loc[("40% to 60% of the MACs", "L1 direct (95%)"), "clean"] == "20.0 [20.0, 20.0]"
+
+
+def test_bold_and_best_are_of_all_settings_shown_or_not() -> None:
+    better = rows()[lambda r: r.method == "L1 direct"].assign(
+        method="L1 BH partial", accuracy=lambda r: r.accuracy + 0.05
     )
-    assert (found[found.system == "SNACS"].level == 0).all()
+    worse = rows()[lambda r: r.method == "L1 direct"].assign(method="L1 FH", accuracy=lambda r: r.accuracy - 0.2)
+    every = pd.concat([rows(), better, worse])
+    best = best_of_budgets(every).set_index("budget")
+    assert best.setting["40% to 60% of the MACs"] == "L1 BH partial (80%)"
+    assert best.settings["40% to 60% of the MACs"] == 4
+    table = budget_table(every, "macs", only_plain=True)
+    assert list(table.loc["40% to 60% of the MACs"].index) == [
+        "L1 direct (80%)",
+        "SNACS (δ 0.8)",
+        "L1 BH partial (80%)",
+    ]
+    assert "**" in table.loc[("40% to 60% of the MACs", "L1 BH partial (80%)"), "clean"]
+    assert "**" not in table.loc[("40% to 60% of the MACs", "L1 direct (80%)"), "clean"]
 
 
 def test_a_method_stands_in_one_budget_with_all_its_seeds() -> None:
     table = budget_table(rows(), "macs")
     assert list(table.index) == [
-        ("60% to 80% of the MACs", "FTWT"), ("40% to 60% of the MACs", "L1 direct"),
-        ("40% to 60% of the MACs", "SNACS (δ 0.8)"), ("20% to 40% of the MACs", "RST †"),
+        ("60% to 80% of the MACs", "FTWT (0%)"), ("40% to 60% of the MACs", "L1 direct (80%)"),
+        ("40% to 60% of the MACs", "SNACS (δ 0.8)"), ("20% to 40% of the MACs", "RST (80%) †"),
     ]  # fmt: skip
-    assert table.loc[("40% to 60% of the MACs", "L1 direct"), "clean"] == "91.0 [88.3, 93.7]"
-    assert table.loc[("60% to 80% of the MACs", "FTWT"), "MACs left"] == "74 %"
+    assert table.loc[("40% to 60% of the MACs", "L1 direct (80%)"), "clean"] == "91.0 [88.3, 93.7]"
+    assert table.loc[("60% to 80% of the MACs", "FTWT (0%)"), "MACs left"] == "74 %"
 
 
 def test_matched_sparsity_is_among_masks_only() -> None:
@@ -63,7 +93,7 @@ def test_figure_tells_theory_from_networks_that_run_fewer_operations() -> None:
         line.get_label(): line.get_markerfacecolor() == "white" for line in figure.axes[1].get_legend().get_lines()
     }
     assert hollow == {"dense": False, "direct": True, "SNACS": True, "FTWT": False, "sparse training": True,
-                      "best so far": False}  # fmt: skip
+                      "best at these MACs or fewer": False}  # fmt: skip
     assert figure.axes[1].get_ylim()[0] == 90 - figures.NEAR
     plt.close(figure)
 
@@ -115,7 +145,7 @@ def test_every_system_of_a_study_has_its_rows(table: pd.DataFrame) -> None:
         "L1 B25": "GC-Net",
         "SNACS (δ 0.6)": "SNACS",
         "MINT (δ 0.6)": "peer of SNACS",
-        "GC-Net B25 (δ 0.6)": "peer of SNACS",
+        "GC-Net B25 (δ 0.6)": "GC-Net",
         "FTWT decoupled (r 0.8)": "FTWT",
         "L1 filters, FTWT's MACs (r 0.8)": "peer of FTWT",
         "filters: B25 (0.6)": "structured",
@@ -172,4 +202,4 @@ def test_every_number_is_that_of_its_cell(table: pd.DataFrame) -> None:
 def test_only_what_the_study_runs_is_compared(table: pd.DataFrame) -> None:
     only = comparison_table(STUDY.model_copy(update={"notebooks": ("05",)}))
     assert set(only.system) == {"dense", "direct", "GC-Net"}
-    pd.testing.assert_frame_equal(only, table[table.system.isin(set(only.system))].reset_index(drop=True))
+    pd.testing.assert_frame_equal(only, table[table.method.isin(set(only.method))].reset_index(drop=True))

@@ -111,6 +111,18 @@ def test_networks_that_do_not_work_stand_with_their_reason(tmp_path: Path, monke
     assert "| odd | masks | cannot be traced |" in text
 
 
+def test_the_answer_tells_differences_with_their_intervals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GCNET_RESULTS", str(tmp_path))
+    assert readme.answer() == "No study has been run yet.\n"
+    what, study, claim, _ = readme.TOLD[0]
+    (tmp_path / study / "tables").mkdir(parents=True)
+    rows = [(claim, "accuracy under shift, difference: B25 - direct", -0.0064, -0.0121, 0.0006, 0.8),
+            (claim, "share of dense MACs saved, difference: B25 - direct", 0.1, 0.1, 0.1, 0.8)]  # fmt: skip
+    columns = ["claim", "measure", "estimate", "ci_low", "ci_high", "sparsity"]
+    pd.DataFrame(rows, columns=columns).to_csv(tmp_path / study / "tables" / "claims.csv", index=False)
+    assert readme.answer() == f"- **{what}**: B25 less direct (80% removed) -0.6 [-1.2, +0.1].\n"
+
+
 def test_the_systems_stand_with_their_plain_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GCNET_RESULTS", str(tmp_path))
     assert "not been compared" in readme.systems()
@@ -126,7 +138,7 @@ def test_the_systems_stand_with_their_plain_settings(tmp_path: Path, monkeypatch
     ]
     pd.DataFrame(facts, columns=COLUMNS).to_csv(folder / "comparison.csv", index=False)
     text = readme.systems()
-    row = "| 40% to 60% of the MACs | L1 direct | 80.0 [80.0, 80.0] | 70.0 [70.0, 70.0] | 10.0 | 10.0 | 50 % | 60 |"
+    row = "L1 direct (80%) | **80.0 [80.0, 80.0]** | **70.0 [70.0, 70.0]** | 10.0 | 10.0 | 50 % | 60 |"
     assert row in text
     assert "SNACS (δ 0.7)" in text and "L1 Full" not in text
     assert text.endswith("The dense networks: 90.0 % clean, 80.0 % corrupted.\n")
