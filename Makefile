@@ -147,7 +147,7 @@ paper: | $(ENV)  ## run every study of the paper's grid (SCALE=quarter: those fo
 grid: | $(ENV)  ## build the tables across studies from the results that there are
 	@$(PY) -m gcnet grid paper$(if $(filter quarter,$(SCALE)),_quarter) $(PAPER)
 
-readme: | $(ENV)  ## fill in the verdicts and times in README.md from results/
+readme: | $(ENV)  ## fill in README.md's answer, verdicts, systems, times, speed and zoo from results/
 	@$(PY) -m gcnet readme
 
 report: | $(ENV)  ## write results/STUDY/report.html, one page to read or mail of all that the notebooks wrote
@@ -194,7 +194,7 @@ lab: | $(ENV)  ## open the notebooks in JupyterLab
 	@$(IMPORTABLE) $(PY) -m jupyterlab notebooks/00_quickstart.ipynb
 
 clean:  ## remove the study's results and python's caches; what was computed stays, and draws them again
-	rm -rf "results/$(STUDY)" "$(DONE)"
+	rm -rf "$(dir $(REPORT))" "$(DONE)"
 	rm -rf .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 	@echo "kept: data/, .venv/ and all that was computed in $(RUNS)/; git restores results that were committed"

@@ -140,10 +140,9 @@ def _sweep(options: argparse.Namespace) -> int:
     where["dask"] = f"Dask workers at {options.address}" if options.address else f"{jobs} Dask workers"
     print(f"sweep: study {study.study}, {where[options.executor]}", flush=True)
     started = time.time()
-    done = run.marker(study.study, "sweep")
-    done.unlink(missing_ok=True)
     kinds = {"address": options.address, "options": dict(map(_option, options.options))}
     with open_executor(options.executor, jobs, **kinds) as executor:
+        run.marker(study.study, "sweep").unlink(missing_ok=True)
         failures = sweep(study, executor)
     if failures:
         _print_failures(failures)

@@ -123,6 +123,15 @@ def overall(claims: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["claim", "statement", "supported", "contradicted", "inconclusive", "verdict"])
 
 
+def told(claims: pd.DataFrame) -> str:
+    """A table of claims as a Markdown list: each claim with its verdict and how its comparisons went."""
+    return "\n".join(
+        f"- **{row.claim}, {row.verdict}**: {row.statement} ({row.supported} comparisons supported, "
+        f"{row.contradicted} contradicted, {row.inconclusive} inconclusive.)"
+        for row in overall(claims).itertuples()
+    )
+
+
 def every_verdict(folder: Path, left_out: Collection[str] = (), *, untested: bool = False) -> pd.DataFrame:
     """`overall` of every table of claims below results/<study>/, GC-Net's first; left_out: such as "tables/claims".
 

@@ -233,7 +233,10 @@ def _subfolders(folder: Path) -> tuple[str, ...]:
 def _image_folder(folder: Path) -> tuple[dict[str, Arrays], tuple[str, ...]]:
     """`train/<class>/` and `test/<class>/` (or `val/`), or `<class>/` alone, which is split from the seed."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"data folder '{folder}' does not exist (GCNET_DATA is '{paths.images()}')")
+        raise FileNotFoundError(
+            f"data folder '{folder}' does not exist (GCNET_DATA is '{paths.images()}') and is never downloaded; "
+            "README, Data, says what goes there; for CIFAR-10 as published set dataset: cifar10"
+        )
     if not (folder / "train").is_dir():
         classes = _subfolders(folder)
         if len(classes) < 2:

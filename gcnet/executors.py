@@ -154,9 +154,12 @@ def _slurm(options: Mapping[str, Any]) -> Executor:
     import submitit
 
     options = dict(options)
-    jobs = submitit.AutoExecutor(folder=str(paths.runs() / ".jobs" / "%j"), cluster=options.pop("cluster", "slurm"))
+    folder = str(paths.runs() / ".jobs" / "%j")
     try:
+        jobs = submitit.AutoExecutor(folder=folder, cluster=options.pop("cluster", "slurm"))
         jobs.update_parameters(**options)
+    except RuntimeError as error:
+        raise ConnectionError(f"no SLURM cluster can be reached from here: {error}") from None
     except (TypeError, NameError, ValueError) as error:
         raise ValueError(f"options of executor 'slurm': {error}") from None
     return JobExecutor(jobs)

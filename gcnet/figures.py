@@ -412,7 +412,7 @@ def flops_bars(rows: pd.DataFrame, network: str) -> Figure:
             low, high = by.mean() - by.min(), by.max() - by.mean()  # rounding can leave them just below 0
             error = [[max(0, low[s]) for s in names], [max(0, high[s]) for s in names]]
             axis.bar(x, [by.mean()[s] for s in names], 0.18, color=COLORS[hybrid], label=hybrid, yerr=error,
-                     error_kw={"lw": 0.8})  # fmt: skip
+                     error_kw={"lw": 0.8}, hatch=("", "///", "...", "xxx")[number % 4], ec="white", lw=0.3)  # fmt: skip
         axis.axhline(part[part.hybrid == "direct"].share.mean(), color="black", ls="--", lw=1, label="direct")
         axis.set_xticks(range(len(names)), [SIMILARITIES[s] for s in names], rotation=30, ha="right")
         axis.set_title(
@@ -434,7 +434,7 @@ def shift_heat_map(shifts: pd.DataFrame, sparsity: float) -> Figure:
     gain = 100 * (table[order] - table.loc["direct", order]).drop(index="direct")
     limit = max(1.0, float(np.nanquantile(np.abs(gain), 0.9)))
     figure, axis = plt.subplots(figsize=(0.62 * len(order) + 1.8, 0.42 * len(gain) + 1.9))
-    sns.heatmap(gain, ax=axis, cmap="vlag_r", center=0, vmin=-limit, vmax=limit, annot=True, fmt=".1f",
+    sns.heatmap(gain, ax=axis, cmap="vlag_r", center=0, vmin=-limit, vmax=limit, annot=True, fmt="+.1f",
                 annot_kws={"fontsize": 8}, cbar_kws={"label": "points"}, linewidths=0.4)  # fmt: skip
     axis.set(xlabel="", ylabel="")
     axis.tick_params(axis="y", rotation=0)

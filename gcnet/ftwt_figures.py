@@ -104,7 +104,7 @@ def accuracy_against_macs(accuracies: pd.DataFrame, unstructured: pd.DataFrame) 
         axis.errorbar(x, y, yerr=spread, ms=6, elinewidth=1, **line, **look)
         if mode == "decoupled":
             for r in x.index:
-                axis.annotate(f"r = {r:g}", (x[r], y[r]), xytext=(6, 5), textcoords="offset points", fontsize=8)
+                axis.annotate(f"r = {r:g}", (x[r], y[r]), xytext=(5, -11), textcoords="offset points", fontsize=8)
     if len(unstructured):
         by = unstructured.groupby(["system", "setting"], sort=False)[["macs_reduction", "accuracy"]].mean()
         for system, (color, marker) in MASKED.items():

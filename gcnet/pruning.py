@@ -235,7 +235,7 @@ def _synflow(iterations: int) -> Callable[[nn.Module, Sequence[str], Context, in
     return prune_part
 
 
-def _scored(score: Score, to_masks: Callable[[Scores, int], Masks]) -> Callable[..., Masks]:
+def scored(score: Score, to_masks: Callable[[Scores, int], Masks]) -> Callable[..., Masks]:
     def prune_part(model: nn.Module, layers: Sequence[str], context: Context, pruned: int) -> Masks:
         return to_masks(score(model, layers, context), pruned)
 
@@ -244,10 +244,10 @@ def _scored(score: Score, to_masks: Callable[[Scores, int], Masks]) -> Callable[
 
 # name -> (model, layers, context, how many weights to remove) -> Masks of these layers
 PRUNERS: dict[str, Callable[[nn.Module, Sequence[str], Context, int], Masks]] = {
-    "random": _scored(random_score, global_masks),
-    "l1": _scored(magnitude_score, global_masks),
-    "l1_layer": _scored(magnitude_score, layer_masks),
-    "lamp": _scored(lamp_score, global_masks),
+    "random": scored(random_score, global_masks),
+    "l1": scored(magnitude_score, global_masks),
+    "l1_layer": scored(magnitude_score, layer_masks),
+    "lamp": scored(lamp_score, global_masks),
     "os_synflow": _synflow(1),
     "synflow": _synflow(100),
 }

@@ -194,10 +194,11 @@ def _opening(notebook: Any) -> tuple[str, str]:
 
 
 def _last_words(notebook: Any) -> str:
-    """The Markdown that the last code cell displays, as HTML; '' when it displays something else."""
+    """The Markdown that the cell tagged `answer` (else the last one) displays, as HTML; '' where there is none."""
     from nbconvert.filters import markdown2html_mistune
 
-    last = [cell for cell in notebook.cells if cell.cell_type == "code"][-1]
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    last = next((cell for cell in code if "answer" in cell.metadata.get("tags", [])), code[-1])
     found = [output["data"]["text/markdown"] for output in last.outputs if "text/markdown" in output.get("data", {})]
     return markdown2html_mistune("".join(found[-1])) if found else ""
 

@@ -9,8 +9,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
+from gcnet.evaluation import bootstrap
 from gcnet.figures import COLORS, DIRECT_COLOR, GUIDED_COLOR, MARKERS
 from gcnet.structured_cells import PEERS
 
@@ -51,24 +51,31 @@ def widths(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
 
 
 def accuracy_by_macs(table: pd.DataFrame) -> Figure:
-    """Clean accuracy and accuracy under shift against the share of MACs left; one dot a seed, the mean on a line."""
+    """Clean accuracy and accuracy under shift by the share of MACs left; one dot a seed, mean and 95 % interval."""
     figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.4))
     methods = [m for m in dict.fromkeys(table.method) if m != "none"]
     shares = sorted(table[table.method != "none"].macs_share.unique())
-    gap = min([0.15, *np.diff(shares)]) / (len(methods) + 2)
+    gap = 0.8 / len(methods)
     for axis, value, title in ((axes[0], "accuracy", "clean"), (axes[1], "shifted", "under shift")):
         axis.axhline(100 * table[table.method == "none"][value].mean(), color="black", lw=1, ls=":", label="dense")
         for number, method in enumerate(methods):
-            part, at = table[table.method == method], (number - (len(methods) - 1) / 2) * gap
-            mean = 100 * part.groupby("macs_share")[value].mean()
-            axis.plot(mean.index + at, mean, lw=1, ms=7, label=method_name(method), **_look(method))
-            axis.scatter(part.macs_share + at, 100 * part[value], s=8, color=_look(method)["color"], alpha=0.6)
-        axis.set(title=title, xlabel="share of the dense network's MACs")
-        axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axis.set_xticks(shares)
-        axis.set_xlim(min(shares) - 0.12, max(shares) + 0.12)
+            look = _look(method)
+            for place, share in enumerate(shares):
+                values = 100 * table[(table.method == method) & (table.macs_share == share)][value].to_numpy()
+                if not len(values):
+                    continue
+                x = place + (number - (len(methods) - 1) / 2) * gap
+                found = bootstrap(values)
+                if found.n > 1:
+                    axis.plot([x, x], [max(found.low, 0), min(found.high, 100)], color=look["color"], lw=1.2, alpha=0.6)
+                axis.plot(x, found.estimate, ls="", ms=7, label="" if place else method_name(method), **look)
+                axis.scatter([x] * len(values), values, s=8, color=look["color"], alpha=0.6)
+        axis.set(title=title, xlabel="MACs left, % of the dense network", xlim=(-0.5, len(shares) - 0.5))
+        axis.set_xticks(range(len(shares)), [f"{100 * share:g}" for share in shares])
+        for edge in range(1, len(shares)):
+            axis.axvline(edge - 0.5, color="0.85", lw=0.8)
     axes[0].set_ylabel("accuracy, %")
-    axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), title="line: mean, dots: seeds",
+    axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), title="mean, 95 % interval,\ndots: seeds",
                    title_fontsize=8, alignment="left")  # fmt: skip
     figure.suptitle("Accuracy of smaller networks, filters removed", x=0.01, ha="left", fontsize=11)
     return figure

@@ -177,7 +177,7 @@ def run_stage(tasks: list[Task], executor: Executor, name: str) -> list[dict[str
                 left = spent / finished * (len(tasks) - finished)
                 text = "%s %d/%d, %.0f s, about %.0f s left: %s"
                 log.info(text, name, finished, len(tasks), spent, left, future.result())
-            elif attempt == 1:
+            elif attempt == 1 and not isinstance(error, FileNotFoundError):  # images that are not there: no use
                 log.warning("%s: %s failed (%s), trying once more", name, task[2], error)
                 pending[_submitted(executor, task)] = (task, 2)
             else:
