@@ -27,7 +27,7 @@ from gcnet.hybrid import HYBRIDS
 from gcnet.networks import NETWORKS
 from gcnet.pruning import PRUNERS
 from gcnet.shifts import CORRUPTIONS, NATURAL_SHIFTS
-from gcnet.study import Study
+from gcnet.study import Study, studies
 from gcnet.sweep import sweep, times
 
 INTERRUPTED = 130
@@ -180,8 +180,8 @@ def _print_failures(failures: Sequence[dict[str, Any]]) -> None:
 
 
 def _status(options: argparse.Namespace) -> int:
-    if options.study not in run.studies():
-        raise unknown("study", options.study, run.studies())
+    if options.study not in studies():
+        raise unknown("study", options.study, studies())
     rows = run.status(options.study)
     width = max(len(stage) for stage, _, _ in rows)
     print(f"study {options.study}")
@@ -236,8 +236,8 @@ def _grid(options: argparse.Namespace) -> int:
     from gcnet import grid
 
     for study in options.studies:
-        if study not in run.studies():
-            raise unknown("study", study, run.studies())
+        if study not in studies():
+            raise unknown("study", study, studies())
     folder, tables, missing = grid.write_grid(options.studies, options.name)
     print(f"{run.short(folder)}: {len(tables)} tables")
     for study in missing:
@@ -253,8 +253,8 @@ def _pack(options: argparse.Namespace) -> int:
 
 
 def _unpack(options: argparse.Namespace) -> int:
-    if options.study not in run.studies():
-        raise unknown("study", options.study, run.studies())
+    if options.study not in studies():
+        raise unknown("study", options.study, studies())
     added, there = archive.unpack(options.study)
     print(f"study {options.study}: {added} results put into {paths.runs()}, {there} were there")
     return 0
@@ -269,7 +269,7 @@ def _list(options: argparse.Namespace) -> int:
         "similarities": SIMILARITIES,
         "shifts": CORRUPTIONS,
         "natural shifts": NATURAL_SHIFTS,
-        "studies": run.studies(),
+        "studies": studies(),
     }
     width = max(map(len, registries))
     for kind, names in registries.items():

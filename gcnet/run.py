@@ -39,12 +39,6 @@ class NotebookError(RuntimeError):
 # --- studies and stages ---------------------------------------------------------------------------------------------
 
 
-def studies() -> list[str]:
-    """Names of the studies in `params/`: its YAML files with a `study:` line."""
-    files = sorted(paths.params().glob("*.yaml"))
-    return [p.stem for p in files if re.search(r"^study:", p.read_text(encoding="utf-8"), re.MULTILINE)]
-
-
 def load_study(name: str, overrides: dict[str, Any] | None = None) -> Study:
     """The validated study of a params file; its `study:` must be the file's name, or results would mix."""
     study = Study.load(name, **(overrides or {}))

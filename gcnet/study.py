@@ -16,6 +16,12 @@ from gcnet import paths
 from gcnet.errors import unknown
 
 
+def studies(folder: Path | None = None) -> list[str]:
+    """Names of the studies in `params/` (or another folder): its YAML files with a `study:` line."""
+    files = sorted((folder or paths.params()).glob("*.yaml"))
+    return [p.stem for p in files if re.search(r"^study:", p.read_text(encoding="utf-8"), re.MULTILINE)]
+
+
 class Study(BaseModel):
     """The parameters of one run; unknown keys are errors, names are checked against the registries.
 
@@ -327,7 +333,7 @@ class Study(BaseModel):
         if path.suffix not in (".yaml", ".yml"):
             path = paths.params() / f"{path}.yaml"
         if not path.exists():
-            raise FileNotFoundError(str(unknown("study", path.stem, (p.stem for p in path.parent.glob("*.yaml")))))
+            raise FileNotFoundError(str(unknown("study", path.stem, studies(path.parent))))
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except yaml.YAMLError as error:

@@ -135,7 +135,7 @@ def test_folders_and_torchvision_networks_need_no_registry_line() -> None:
 
 
 def test_a_missing_study_names_the_nearest(tmp_path: Path) -> None:
-    write(tmp_path / "digits_small.yaml", "")
+    write(tmp_path / "digits_small.yaml", "study: digits_small\n")
     with pytest.raises(FileNotFoundError, match=r"unknown study 'digit_small'; did you mean 'digits_small'\?"):
         Study.load(tmp_path / "digit_small.yaml")
     with pytest.raises(FileNotFoundError, match=r"unknown study 'smok'; did you mean 'smoke'\?"):
