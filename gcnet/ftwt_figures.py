@@ -136,14 +136,15 @@ def firing_under_shift(shifts: pd.DataFrame, r: float) -> Figure:
     figure, axes = panels(len(columns), 3, (3.3, 2.9), sharex=True)
     for axis, (column, label) in zip(axes, columns.items(), strict=True):
         for number, (family, part) in enumerate(rows.groupby("family", sort=False)):
-            by = part.groupby("severity")[column].mean()
-            by.loc[0] = clean[column].mean()
-            by = by.sort_index()
-            color = sns.color_palette("colorblind")[number % 10]
-            axis.plot(by.index, 100 * by, marker="os^Dv"[number % 5], ms=4, lw=1.2, color=color, label=family)
+            by = 100 * pd.concat([clean, part]).groupby(["severity", "seed"])[column].mean().unstack("seed")
+            mean, color = by.mean(axis=1), sns.color_palette("colorblind")[number % 10]
+            bars = [(mean - by.min(axis=1)).clip(lower=0), (by.max(axis=1) - mean).clip(lower=0)]
+            axis.errorbar(by.index, mean, yerr=bars, marker="os^Dv"[number % 5], ms=4, lw=1.2, elinewidth=0.8,
+                          color=color, label=family)  # fmt: skip
         axis.set(xlabel="severity (0: clean)", title=label.removesuffix(", %").capitalize(), ylabel=label)
         axis.set_xticks([0, *sorted(set(rows.severity))])
-    axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), title="mean,\nbar: range\nover seeds",
+                    title_fontsize=8, alignment="left")  # fmt: skip
     figure.suptitle(f"Masks under shift, decoupled, r = {r:g}", x=0.01, ha="left", fontsize=11)
     return figure
 
