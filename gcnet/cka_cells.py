@@ -490,9 +490,10 @@ def claims_table(
     compared: list[Comparison] = []
 
     def add(claim: str, measure: str, differences: pd.Series, sparsity: float, smallest: float = 0.002) -> None:
-        if not differences.empty:
-            interval = bootstrap(differences.to_numpy())
-            compared.append(Comparison(claim, measure, interval, sparsity, smallest=smallest))
+        values = differences.dropna().to_numpy()  # not every seed has every sparsity
+        if len(values):
+            word = "" if values.any() else "inconclusive (no image tells the two sides apart)"
+            compared.append(Comparison(claim, measure, bootstrap(values), sparsity, smallest=smallest, word=word))
 
     beta = chosen_beta(study)
     similarity, epsilon = (rows[rows.seed.isin(study.seeds)] for rows in (similarity, epsilon))
