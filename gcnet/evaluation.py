@@ -143,7 +143,8 @@ def by_shift(values: pd.DataFrame) -> np.ndarray:
     """(seeds, shifts), what `bootstrap` takes, of a frame of seeds down and settings and shifts across.
 
     Pruners, hybrids, r and severities are the study's own settings, not a sample of anything: they are averaged first,
-    so that only seeds and shifts make the interval. Without a column level `shift` one column is left. Choice.
+    so that only seeds and shifts make the interval, and each shift counts once. Without a column level `shift` one
+    column is left. Choice.
     """
     if "shift" in values.columns.names:
         return values.T.groupby(level="shift", sort=False).mean().T.to_numpy()
