@@ -546,13 +546,15 @@ def pareto(rows: pd.DataFrame, title: str) -> Figure:
         axis.set_xlabel("MACs left, % of the dense network")
     top, dense = best.accuracy.max(), 100 * rows[rows.system == "dense"].accuracy.mean()
     axes[1].set_ylim(dense - NEAR, top + 2)
-    axes[0].set(title=title, ylabel=f"accuracy under corruption, % (95 % interval, {rows.seed.nunique()} seeds)")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    axes[0].set(title="every setting", ylabel="accuracy under corruption, %")
     axes[1].set_title(f"within {NEAR} points of dense")
     look = {s: {"color": colors[s], "marker": markers[s], "mfc": fill[s], "label": s} for s in systems}
     handles = [plt.Line2D([], [], lw=0, **look[s]) for s in systems]
     handles.append(plt.Line2D([], [], color="0.6", lw=1, label="best at these MACs or fewer"))
-    axes[1].legend(handles=handles, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), title="hollow: masks, MACs\n"
-                   "saved in theory only", title_fontsize=8)  # fmt: skip
+    axes[1].legend(handles=handles, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), title_fontsize=8,
+                   alignment="left", title=f"mean, 95 % interval over\n{rows.seed.nunique()} seeds; hollow: masks,\n"
+                   "MACs saved in theory only")  # fmt: skip
     return figure
 
 

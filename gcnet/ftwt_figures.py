@@ -104,7 +104,8 @@ def accuracy_against_macs(accuracies: pd.DataFrame, unstructured: pd.DataFrame) 
         axis.errorbar(x, y, yerr=spread, ms=6, elinewidth=1, **line, **look)
         if mode == "decoupled":
             for r in x.index:
-                axis.annotate(f"r = {r:g}", (x[r], y[r]), xytext=(5, -11), textcoords="offset points", fontsize=8)
+                axis.annotate(f"r = {r:g}", (x[r], y[r]), xytext=(0, -14), textcoords="offset points", fontsize=8,
+                              ha="center")  # fmt: skip
     if len(unstructured):
         by = unstructured.groupby(["system", "setting"], sort=False)[["macs_reduction", "accuracy"]].mean()
         for system, (color, marker) in MASKED.items():
@@ -114,7 +115,8 @@ def accuracy_against_macs(accuracies: pd.DataFrame, unstructured: pd.DataFrame) 
                           ms=6, label=f"{system} (masks, theoretical MACs)")  # fmt: skip
     dense = 100 * accuracies[accuracies["mode"] == "none"].accuracy.mean()
     axis.axhline(dense, color="black", lw=0.8, ls="--")
-    axis.annotate("dense", (0, dense), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
+    axis.annotate("dense", (0.01, dense), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
+    axis.margins(x=0.08)
     axis.set(xlabel="MACs left, % of dense (heads counted)", ylabel="test accuracy, %")
     axis.set_title("Accuracy against MACs")
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), title="mean, bar: range over seeds",
