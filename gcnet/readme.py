@@ -63,6 +63,12 @@ TOLD = (
 )
 
 
+NAMES = {"snacs": "SNACS", "mint": "MINT", "l1_block": "L1 blocks", "l1_filter": "L1 filters", "gcnet": "GC-Net B25",
+         "decoupled": "masks by image", "L1 filter": "static L1 filters", "B25 pearson": "B25", "BH pearson": "BH",
+         "Full pearson": "Full", "rst": "static random masks", "rigl": "RigL",
+         "rewind": "magnitude rewinding"}  # fmt: skip
+
+
 def answer() -> str:
     """One line a system: differences in points of accuracy with their intervals, from the tables of claims."""
     lines = []
@@ -77,7 +83,8 @@ def answer() -> str:
 
 
 def _points(row: Any) -> str:
-    name = row.measure.split(": ")[-1].replace(" - ", " less ")
+    sides = row.measure.split(": ")[-1].split(", beta")[0].split(" - ")
+    name = " less ".join(NAMES.get(side, side) for side in sides)
     at = f" ({row.sparsity:.0%} removed)" if row.sparsity else ""
     return f"{name}{at} {100 * row.estimate:+.1f} [{100 * row.ci_low:+.1f}, {100 * row.ci_high:+.1f}]"
 
