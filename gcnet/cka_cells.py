@@ -32,7 +32,7 @@ from gcnet.cells import (
     splits,
 )
 from gcnet.cka import CKASparsityRegularizer, epsilon_sparsity, find_stages, minibatch_cka
-from gcnet.claims import Comparison, judged
+from gcnet.claims import ALIKE, Comparison, judged
 from gcnet.evaluation import bootstrap, score
 from gcnet.hybrid import ghost_prune
 from gcnet.pruning import Masks, apply_masks
@@ -492,7 +492,7 @@ def claims_table(
     def add(claim: str, measure: str, differences: pd.Series, sparsity: float, smallest: float = 0.002) -> None:
         values = differences.dropna().to_numpy()  # not every seed has every sparsity
         if len(values):
-            word = "" if values.any() else "inconclusive (no image tells the two sides apart)"
+            word = "" if values.any() else ALIKE
             compared.append(Comparison(claim, measure, bootstrap(values), sparsity, smallest=smallest, word=word))
 
     beta = chosen_beta(study)

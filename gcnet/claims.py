@@ -29,6 +29,10 @@ _MEASURES = {
 }
 
 
+# The verdict where no image tells two networks apart: both have collapsed, so nothing is said of either.
+ALIKE = "inconclusive (no image tells the two sides apart)"
+
+
 def load_claims(path: Path | None = None) -> list[dict[str, Any]]:
     """params/claims.yaml: each testable sentence as data. A claim may name the `studies` it is tested on."""
     return yaml.safe_load((path or paths.params() / "claims.yaml").read_text(encoding="utf-8"))
@@ -51,7 +55,7 @@ def claims_table(study: Study, shifts: pd.DataFrame, accuracy: pd.DataFrame) -> 
                 if values is not None:
                     margin = test.get("margin", 0.0) - test.get("above", 0.0)
                     alike = test["measure"] in ("shifted", "clean") and not values.any()
-                    word = "inconclusive (no image tells the two sides apart)" if alike else ""
+                    word = ALIKE if alike else ""
                     of = (claim["id"], _in_words(test), bootstrap(values), sparsity)
                     compared.append(Comparison(*of, margin=margin, word=word))
     return judged(compared)
