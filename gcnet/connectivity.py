@@ -377,7 +377,7 @@ def _by_image(
 
 
 def _mean_of_each(rows: Tensor, images: int) -> Tensor:
-    return rows if len(rows) == images else rows.view(images, -1, rows.shape[1]).mean(1)
+    return rows if len(rows) == images else rows.reshape(images, -1, rows.shape[1]).mean(1)
 
 
 # Merging moments costs the same for one image as for hundreds, and much for wide networks: small batches wait.

@@ -90,7 +90,7 @@ def _points(row: Any) -> str:
 
 
 def systems() -> str:
-    """One row a budget of operations and setting: the plain ones of the comparison of all systems, each budget's best."""
+    """One row a budget of operations and setting: the plain settings of the comparison, and each budget's best."""
     file = paths.results(COMPARISON) / "tables" / "comparison.csv"
     if not file.is_file():
         return "The systems have not been compared yet.\n"
