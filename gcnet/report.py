@@ -19,6 +19,7 @@ from gcnet.study import Study
 
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_ROWS = 200  # of a table, on the page; the rest is in its CSV
+LONGEST_CAPTION = 240  # characters
 FOLDED_ROWS = 30  # a longer table is folded away
 _NOT_COMPARED = ("device", "notebooks")  # parameters that change no result
 
@@ -31,8 +32,9 @@ class Picture:
 
     @property
     def caption(self) -> str:
-        """The first sentence of what the picture says; the rest are its numbers."""
-        return self.alt.split(". ")[0].removesuffix(".")
+        """The first sentence of what the picture says; the rest are its numbers. '' where all is numbers."""
+        sentence = self.alt.split(". ")[0].removesuffix(".")
+        return sentence if len(sentence) <= LONGEST_CAPTION else ""
 
 
 @dataclass(frozen=True)

@@ -229,3 +229,8 @@ def test_an_alt_text_without_numbers_is_followed_by_what_is_drawn(
     )
     assert figure.texts[-1].get_text() == "random numbers (study small)"
     plt.close(figure)
+
+
+def test_a_caption_is_a_sentence_and_no_list_of_numbers() -> None:
+    assert report.Picture("a", "Accuracy by layer. l1 0.8, l2 0.9", "").caption == "Accuracy by layer"
+    assert report.Picture("a", "; ".join(["gcnet-1: -0.035, contradicted"] * 20), "").caption == ""
