@@ -107,18 +107,19 @@ $(DONE)/sweep.json: params/$(STUDY).yaml $(CODE) | $(ENV)
 $(DONE)/%.json: notebooks/%.ipynb params/$(STUDY).yaml $(wildcard params/claims.yaml) $(CODE) | $(ENV)
 	@$(if $(filter $(FREE),$@),$(HALVED)) $(PY) -m gcnet run $< --study $(STUDY)
 
-# A notebook needs nothing but the sweep, the quick start not even that. Those that measure times (07, then 10) run when
-# nothing else does; 09 reads what the others conclude.
+# A notebook needs nothing but the sweep, the quick start not even that. Those that measure times (06, 07, 10) run when
+# nothing else does, one after the other; 09 reads what the others conclude.
 done_of = $(patsubst %,$(DONE)/%.json,$(filter $(1),$(NOTEBOOKS)))
-FREE := $(call done_of,$(filter-out 07_% 09_% 10_%,$(NOTEBOOKS)))
+FREE := $(call done_of,$(filter-out 06_% 07_% 09_% 10_%,$(NOTEBOOKS)))
 $(call done_of,$(filter-out 00_%,$(NOTEBOOKS))): $(DONE)/sweep.json
-TIMED := $(call done_of,07_%)
-ifneq ($(TIMED),)
-$(TIMED): | $(FREE)
+define after
+ifneq ($(call done_of,$(1)),)
+$(call done_of,$(1)): | $(FREE) $(call done_of,$(2))
 endif
-ifneq ($(call done_of,10_%),)
-$(call done_of,10_%): | $(FREE) $(TIMED)
-endif
+endef
+$(eval $(call after,06_%,))
+$(eval $(call after,07_%,06_%))
+$(eval $(call after,10_%,06_% 07_%))
 ifneq ($(call done_of,09_%),)
 $(call done_of,09_%): $(call done_of,$(filter-out 00_% 09_%,$(NOTEBOOKS)))
 endif

@@ -515,7 +515,8 @@ def claims_table(
         add("cka-sr-4", name, gains[method, highest] - others, highest)
     for (method, sparsity), part in shifts[shifts.severity > 0].groupby(["method", "sparsity"], sort=False):
         add("cka-sr-5", f"accuracy under shift: {method}, beta {beta:g}", paired(part, beta, "accuracy"), sparsity)
-    for hybrid, part in combined.groupby("hybrid", sort=False) if len(combined) else []:
+    guided = combined[combined.hybrid != "direct"] if len(combined) else combined  # direct pruning stands beside it
+    for hybrid, part in guided.groupby("hybrid", sort=False) if len(guided) else []:
         level = study.cka_guided_sparsity
         add("cka-sr-6", f"accuracy after pruning: {hybrid}, beta {beta:g}", paired(part, beta, "accuracy"), level)
     return judged(compared)

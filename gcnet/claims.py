@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from gcnet.study import Study
 
 COLUMNS = (
     "claim", "source", "statement", "measure", "estimate", "ci_low", "ci_high", "n", "verdict", "sparsity",
-    "p", "p_holm",
+    "pruner", "threshold", "collapsed", "p", "p_holm",
 )  # fmt: skip
 _MEASURES = {
     "shifted": "accuracy under shift, difference",
@@ -39,11 +39,12 @@ def load_claims(path: Path | None = None) -> list[dict[str, Any]]:
 
 
 def claims_table(study: Study, shifts: pd.DataFrame, accuracy: pd.DataFrame) -> pd.DataFrame:
-    """claims.csv: claim, source, statement, measure, estimate, ci_low, ci_high, n, verdict, sparsity, p, p_holm.
+    """claims.csv: the columns of COLUMNS, one row a comparison, sparsity and pruner.
 
-    One row a comparison and sparsity. Differences are paired: the same pruner (unless the comparison names one on each
-    side), sparsity, seed, shift and severity, averaged over pruners and severities. A comparison whose cells the study
-    does not have is left out; so are the claims that other notebooks test.
+    Differences are paired: the same pruner (unless the comparison names one on each side), sparsity, seed, shift and
+    severity, averaged over severities. Pruners stand apart: guidance may help one and harm another. `collapsed` counts
+    the seeds in which a side lets no signal through once it is pruned. A comparison whose cells the study does not have
+    is left out; so are the claims that other notebooks test.
     """
     compared: list[Comparison] = []
     for claim in load_claims():
@@ -51,13 +52,20 @@ def claims_table(study: Study, shifts: pd.DataFrame, accuracy: pd.DataFrame) -> 
             continue
         for test in claim.get("comparisons", ()):
             for sparsity in (0.0,) if test["measure"].startswith("drift") else study.sparsities:
-                values = _values(study, test, sparsity, shifts, accuracy)
-                if values is not None:
-                    margin = test.get("margin", 0.0) - test.get("above", 0.0)
+                for pruner, values in _values(study, test, sparsity, shifts, accuracy):
                     alike = test["measure"] in ("shifted", "clean") and not values.any()
-                    word = ALIKE if alike else ""
-                    of = (claim["id"], _in_words(test), bootstrap(values), sparsity)
-                    compared.append(Comparison(*of, margin=margin, word=word))
+                    compared.append(
+                        Comparison(
+                            claim["id"],
+                            _in_words(test),
+                            bootstrap(values),
+                            sparsity,
+                            margin=test.get("margin", 0.0) - test.get("above", 0.0),
+                            word=ALIKE if alike else "",
+                            pruner=pruner,
+                            collapsed=_collapsed(test, sparsity, pruner, accuracy),
+                        )
+                    )
     return judged(compared)
 
 
@@ -67,6 +75,7 @@ class Comparison:
 
     margin: the loss that "at least as good" tolerates. smallest: a difference that would matter, for the number of
     seeds that an inconclusive verdict names. word: the verdict, where something other than the interval decides.
+    pruner: the base pruner, where it is of one. collapsed: which side's networks are at chance, in how many seeds.
     """
 
     claim: str
@@ -76,6 +85,8 @@ class Comparison:
     margin: float = 0.0
     smallest: float = 0.002
     word: str = ""
+    pruner: str = ""
+    collapsed: str = ""
 
 
 def judged(compared: Sequence[Comparison]) -> pd.DataFrame:
@@ -94,6 +105,8 @@ def judged(compared: Sequence[Comparison]) -> pd.DataFrame:
     for number, one in enumerate(compared):
         alone, with_others = adjusted.get(number, (np.nan, np.nan))
         found = one.interval
+        # Shares, their differences and rank correlations lie within 1; what has one measurement has no interval.
+        low, high = (max(found.low, -1.0), min(found.high, 1.0)) if found.n > 1 else (found.low, found.high)
         rows.append(
             {
                 "claim": one.claim,
@@ -101,11 +114,14 @@ def judged(compared: Sequence[Comparison]) -> pd.DataFrame:
                 "statement": known[one.claim]["statement"],
                 "measure": one.measure,
                 "estimate": found.estimate,
-                "ci_low": found.low,
-                "ci_high": found.high,
+                "ci_low": low,
+                "ci_high": high,
                 "n": found.n,
                 "verdict": one.word or verdict(found, margin=one.margin, smallest=one.smallest, p=with_others),
                 "sparsity": one.sparsity,
+                "pruner": one.pruner,
+                "threshold": 0.0 - one.margin,
+                "collapsed": one.collapsed,
                 "p": alone,
                 "p_holm": with_others,
             }
@@ -114,7 +130,7 @@ def judged(compared: Sequence[Comparison]) -> pd.DataFrame:
 
 
 def overall(claims: pd.DataFrame) -> pd.DataFrame:
-    """One row a claim: claim, statement, supported, contradicted, inconclusive (comparisons), verdict.
+    """One row a claim: claim, statement, supported, contradicted, inconclusive (comparisons), verdict, n (most seeds).
 
     A claim speaks of all its comparisons: it is supported when each is, contradicted when any is, else inconclusive.
     """
@@ -123,8 +139,10 @@ def overall(claims: pd.DataFrame) -> pd.DataFrame:
         words = part.verdict.str.split(" ").str[0]
         count = {word: int((words == word).sum()) for word in ("supported", "contradicted", "inconclusive")}
         word = "contradicted" if count["contradicted"] else "inconclusive" if count["inconclusive"] else "supported"
-        rows.append({"claim": claim, "statement": part.statement.iloc[0], **count, "verdict": word})
-    return pd.DataFrame(rows, columns=["claim", "statement", "supported", "contradicted", "inconclusive", "verdict"])
+        rows.append({"claim": claim, "statement": part.statement.iloc[0], **count, "verdict": word,
+                     "n": part.n.max()})  # fmt: skip
+    columns = ["claim", "statement", "supported", "contradicted", "inconclusive", "verdict", "n"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def told(claims: pd.DataFrame) -> str:
@@ -156,7 +174,7 @@ def every_verdict(folder: Path, left_out: Collection[str] = (), *, untested: boo
             others = [f"{study}: {known[claim['id']]}" for study, known in elsewhere.items() if claim["id"] in known]
             words = "; ".join(["not tested here", *others])
             rows.append({"claim": claim["id"], "statement": claim["statement"], "supported": 0, "contradicted": 0,
-                         "inconclusive": 0, "verdict": words})  # fmt: skip
+                         "inconclusive": 0, "verdict": words, "n": 0})  # fmt: skip
     return pd.concat([verdicts, pd.DataFrame(rows, columns=verdicts.columns)], ignore_index=True)
 
 
@@ -165,10 +183,13 @@ def every_verdict(folder: Path, left_out: Collection[str] = (), *, untested: boo
 
 def _values(
     study: Study, test: Mapping[str, Any], sparsity: float, shifts: pd.DataFrame, accuracy: pd.DataFrame
-) -> np.ndarray | None:
-    """(seeds, shifts) paired differences of a comparison, None where the study has no such cells."""
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(pruner, (seeds, shifts) paired differences) of a comparison; nothing where the study has no such cells."""
     if test["measure"].startswith("drift"):
-        return _drift(study, test, shifts)
+        values = _drift(study, test, shifts)
+        if values is not None:
+            yield "", values
+        return
     if test["measure"] == "macs":
         dense = accuracy[accuracy.pruner == "none"].macs.iloc[0]
         source = accuracy.assign(shift="clean", severity=0, value=-accuracy.macs / dense)
@@ -176,9 +197,21 @@ def _values(
         wanted = shifts.severity > 0 if test["measure"] == "shifted" else shifts.severity == 0
         source = shifts[wanted].assign(value=lambda rows: rows.accuracy)
     difference = paired_differences(source[source.sparsity == sparsity], test["of"], test["against"], "value")
-    if difference.empty:
-        return None
-    return by_shift(difference.unstack("pruner").droplevel("sparsity").dropna(axis=1))
+    for pruner, part in difference.groupby(level="pruner", sort=False):
+        yield pruner, by_shift(part.droplevel(["pruner", "sparsity"]))
+
+
+def _collapsed(test: Mapping[str, Any], sparsity: float, pruner: str, accuracy: pd.DataFrame) -> str:
+    """Such as "direct 3 of 3": the seeds in which a side's network passes no signal before fine-tuning; "" for none."""
+    found = []
+    for side in ("of", "against"):
+        rows = accuracy[(accuracy.sparsity == sparsity)] if "passes_signal" in accuracy else accuracy.iloc[:0]
+        for column, wanted in {"pruner": pruner, **test.get(side, {})}.items():
+            rows = rows[rows[column].isin(wanted if isinstance(wanted, list) else [wanted])]
+        silent = int((~rows.passes_signal.astype(bool)).sum()) if len(rows) else 0
+        if silent:
+            found.append(f"{_side(test[side])} {silent} of {len(rows)}")
+    return ", ".join(found)
 
 
 def _drift(study: Study, test: Mapping[str, Any], shifts: pd.DataFrame) -> np.ndarray | None:
@@ -200,13 +233,14 @@ def _drift(study: Study, test: Mapping[str, Any], shifts: pd.DataFrame) -> np.nd
     return np.nan_to_num(np.array(of_seed))[:, None]
 
 
-def _in_words(test: Mapping[str, Any]) -> str:
-    def names(where: Mapping[str, Any]) -> str:
-        return " ".join("/".join(v) if isinstance(v, list) else str(v) for v in where.values())
+def _side(where: Mapping[str, Any]) -> str:
+    return " ".join("/".join(v) if isinstance(v, list) else str(v) for v in where.values())
 
+
+def _in_words(test: Mapping[str, Any]) -> str:
     measure = _MEASURES[test["measure"]]
     if test["measure"] == "drift_rank":
         return f"{measure}: above {test['above']}"
     if test["measure"] == "drift_accuracy":
         return f"{measure}: distance of connectivity with accuracy lost"
-    return f"{measure}: {names(test['of'])} - {names(test['against'])}"
+    return f"{measure}: {_side(test['of'])} - {_side(test['against'])}"

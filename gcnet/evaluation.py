@@ -203,11 +203,15 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     return adjusted
 
 
+MOST_SEEDS = 100  # beyond it the number of seeds that would tell is not named
+
+
 def seeds_needed(interval: Interval, smallest: float, margin: float = 0.0, power: float = 0.8) -> int:
-    """About how many seeds would tell such a difference (at least `smallest`) from -margin, at 5 % and `power`."""
+    """About how many seeds would tell such a difference (at least `smallest`) from -margin, at 5 % and `power`.
+
+    Takes the spread over at least two seeds.
+    """
     size = max(abs(interval.estimate + margin), smallest)
-    if not math.isfinite(interval.spread):
-        return 3
     return max(3, interval.n + 1, math.ceil(((ndtri(0.975) + ndtri(power)) * interval.spread / size) ** 2))
 
 
@@ -222,5 +226,10 @@ def verdict(interval: Interval, *, margin: float = 0.0, smallest: float = 0.002,
         return "supported"
     if interval.high < -margin and p <= 0.05:
         return "contradicted"
-    why = "among so many comparisons" if not interval.low <= -margin <= interval.high else "n too small"
-    return f"inconclusive ({why}: would need about {seeds_needed(interval, smallest, margin)} seeds)"
+    if interval.n < 2:
+        return "inconclusive (one seed)"
+    if not interval.low <= -margin <= interval.high:
+        return "inconclusive (among so many comparisons)"
+    needed = seeds_needed(interval, smallest, margin)
+    count = f"about {needed}" if needed <= MOST_SEEDS else f"over {MOST_SEEDS}"
+    return f"inconclusive (n too small: would need {count} seeds)"

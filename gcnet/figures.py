@@ -427,19 +427,28 @@ def flops_bars(rows: pd.DataFrame, network: str) -> Figure:
 
 
 def shift_heat_map(shifts: pd.DataFrame, sparsity: float) -> Figure:
-    """Difference to direct pruning in points, per method and shift: mean over pruners, severities and seeds."""
+    """Difference to direct pruning in points by method and shift, a panel a pruner: mean over severities and seeds."""
     rows = with_methods(shifts[(shifts.sparsity == sparsity)])
-    table = rows.pivot_table(index="method", columns="shift", values="accuracy", aggfunc="mean", observed=True)
-    order = ["clean", *[s for s in FAMILIES if s in table], *[s for s in table if s not in FAMILIES and s != "clean"]]
-    gain = 100 * (table[order] - table.loc["direct", order]).drop(index="direct")
-    limit = max(1.0, float(np.nanquantile(np.abs(gain), 0.9)))
-    figure, axis = plt.subplots(figsize=(0.62 * len(order) + 1.8, 0.42 * len(gain) + 1.9))
-    sns.heatmap(gain, ax=axis, cmap="vlag_r", center=0, vmin=-limit, vmax=limit, annot=True, fmt="+.1f",
-                annot_kws={"fontsize": 8}, cbar_kws={"label": "points"}, linewidths=0.4)  # fmt: skip
-    axis.set(xlabel="", ylabel="")
-    axis.tick_params(axis="y", rotation=0)
-    axis.set_xticklabels([s.replace("_", " ") for s in order], rotation=40, ha="right")
-    axis.set_title(f"Accuracy against direct pruning, {100 * sparsity:g} % of weights removed")
+    pruners = list(dict.fromkeys(rows.pruner))
+    seen = list(dict.fromkeys(rows["shift"]))
+    order = ["clean", *[s for s in FAMILIES if s in seen], *[s for s in seen if s not in FAMILIES and s != "clean"]]
+    keys = ["pruner", "method"]
+    means = 100 * rows.pivot_table(index=keys, columns="shift", values="accuracy", aggfunc="mean", observed=True)[order]
+    gains = {pruner: (means.loc[pruner] - means.loc[(pruner, "direct")]).drop("direct") for pruner in pruners}
+    limit = max(1.0, float(np.nanquantile(np.abs(pd.concat(gains.values())), 0.9)))
+    height = sum(0.42 * len(gain) + 0.5 for gain in gains.values()) + 1.4
+    figure, axes = plt.subplots(
+        len(pruners), 1, figsize=(0.62 * len(order) + 1.8, height), sharex=True, squeeze=False,
+        height_ratios=[len(gain) for gain in gains.values()], gridspec_kw={"hspace": 0.12},
+    )  # fmt: skip
+    for axis, (pruner, gain) in zip(axes.flat, gains.items(), strict=True):
+        sns.heatmap(gain, ax=axis, cmap="vlag_r", center=0, vmin=-limit, vmax=limit, annot=True, fmt="+.1f",
+                    annot_kws={"fontsize": 8}, cbar_kws={"label": "points"}, linewidths=0.4)  # fmt: skip
+        axis.set(xlabel="", ylabel="")
+        axis.tick_params(axis="y", rotation=0)
+        direct = means.loc[(pruner, "direct"), "clean"]
+        axis.set_title(f"{pruner}, {100 * sparsity:g} % removed: against direct pruning ({direct:.1f} % clean)")
+    axes.flat[-1].set_xticklabels([s.replace("_", " ") for s in order], rotation=40, ha="right")
     return figure
 
 
@@ -494,20 +503,26 @@ def severity_line(shifts: pd.DataFrame, pruner: str, method: str, sparsity: floa
 
 
 def calibration(shifts: pd.DataFrame) -> Figure:
-    """Expected calibration error, clean against shifted, mean over pruners and shifts, a point a method and seed."""
+    """Expected calibration error, clean against shifted, mean over shifts, a point a method and seed.
+
+    A panel a sparsity and pruner: a network at chance is sure of nothing, so its error is small and says little.
+    """
     rows = with_methods(shifts)
     rows = rows.assign(where=np.where(rows.severity == 0, "clean", "shifted"))
     sparsities = [s for s in sorted(set(rows.sparsity)) if s > 0]
-    figure, axes = panels(len(sparsities), 3, (3.6, 3.0), sharex=True, sharey=True)
-    for axis, sparsity in zip(axes, sparsities, strict=True):
-        part = rows[rows.sparsity.isin([sparsity, 0.0])]
+    pruners = [pruner for pruner in dict.fromkeys(rows.pruner) if pruner != "none"]
+    cases = [(sparsity, pruner) for sparsity in sparsities for pruner in pruners]
+    columns = len(sparsities) if len(pruners) == 1 else len(pruners)
+    figure, axes = panels(len(cases), columns, (3.2, 2.8), sharex="row", sharey="row")
+    for axis, (sparsity, pruner) in zip(axes, cases, strict=True):
+        part = rows[(rows.sparsity == sparsity) & (rows.pruner == pruner) | (rows.pruner == "none")]
         by = part.groupby(["method", "seed", "where"], observed=True).ece.mean().unstack("where").reset_index()
         for name in by.method.cat.categories:
             mine = by[by.method == name]
             axis.plot(100 * mine.clean, 100 * mine.shifted, ls="", ms=6, label=name, **_look(name))
-        axis.set(title=f"{100 * sparsity:g} % removed", xlabel="calibration error, clean, %")
-    axes[0].set_ylabel("calibration error, shifted, %")
-    _legend(axes[-1], "a point a seed")
+        axis.set(title=f"{pruner}, {100 * sparsity:g} % removed", xlabel="calibration error, clean, %")
+        axis.set_ylabel("shifted, %")
+    _legend(axes[columns - 1], "a point a seed")
     return figure
 
 
@@ -580,47 +595,75 @@ def ablations(table: pd.DataFrame) -> Figure:
     return figure
 
 
-VERDICTS = {"supported": ("#009E73", "o"), "contradicted": ("#D55E00", "X"), "inconclusive": ("#7F7F7F", "D")}
+VERDICTS = {"supported": "#009E73", "contradicted": "#D55E00", "inconclusive": "#7F7F7F"}
+PRUNER_MARKERS = ("o", "s", "^", "D", "v", "P")
+# What a comparison is measured in: the beginning of its measure, a factor, the axis; else points of accuracy.
+UNITS = (
+    ("rank correlation", 1, "rank correlation"),
+    ("share of dense MACs", 100, "points of the dense network's multiply-accumulates"),
+    ("MACs saved", 100, "points of multiply-accumulates"),
+    ("sparsity at", 100, "points of sparsity"),
+    ("fall of CKA", 1, "CKA"),
+    ("share of kept weights", 100, "points of the kept weights"),
+    ("times as long", 1, "times as long"),
+    ("share of layers", 100, "% of layers"),
+    ("", 100, "points of accuracy"),
+)
 
 
 def forest(claims: pd.DataFrame) -> Figure:
-    """Every comparison as an interval, coloured and marked by its verdict; rank correlations in their own panel."""
-    apart = claims.measure.str.startswith("rank correlation")
-    many = claims.n.max() > 1
-    seeds = f"95 % interval over {claims.n.max()} seeds" if many else "one seed: no interval"
-    cut = " (cut at the frame)" if many else ""
-    parts = [
-        (claims[~apart], 100, f"difference in points, {seeds}{cut}"),
-        (claims[apart], 1, f"rank correlation, {seeds}"),
-    ]
-    parts = [part for part in parts if len(part[0])]
-    heights = [len(rows) + 1 for rows, _, _ in parts]
+    """Every comparison as an interval, a panel a unit: colour by verdict, marker by pruner, hollow where inconclusive.
+
+    The grey tick of a row is what the claim needs the difference to exceed.
+    """
+    unit = [next(n for n, (begins, _, _) in enumerate(UNITS) if m.startswith(begins)) for m in claims.measure]
+    claims = claims.assign(unit=unit, pruner=claims.pruner.fillna(""))
+    pruners = [pruner for pruner in dict.fromkeys(claims.pruner) if pruner]
+    markers = {"": "o", **dict(zip(pruners, PRUNER_MARKERS, strict=False))}
+    parts = []
+    for number in sorted(set(unit), reverse=True):
+        rows = claims[claims.unit == number]
+        keys = list(dict.fromkeys(zip(rows.claim, rows.measure, rows.sparsity, strict=True)))[::-1]
+        parts.append((rows, keys, *UNITS[number][1:]))
+    heights = [len(keys) * (1 if rows.pruner.nunique() < 2 else 1.6) + 1 for rows, keys, _, _ in parts]
     size = (7.5, 0.27 * sum(heights) + 0.7 * len(parts) + 0.4)
     figure, axes = plt.subplots(len(parts), 1, figsize=size, squeeze=False, height_ratios=heights)
-    for axis, (rows, scale, label) in zip(axes.flat, parts, strict=True):
+    for axis, (rows, keys, scale, label) in zip(axes.flat, parts, strict=True):
         limit = scale * float(rows.estimate.abs().max()) * 1.4 + scale / 100
-        for height, row in enumerate(rows.iloc[::-1].itertuples()):
-            color, marker = VERDICTS[row.verdict.split(" ")[0]]
+        here = list(dict.fromkeys(rows.pruner))
+        for row in rows.itertuples():
+            offset = 0.25 * ((len(here) - 1) / 2 - here.index(row.pruner))
+            height = keys.index((row.claim, row.measure, row.sparsity)) + offset
+            word = row.verdict.split(" ")[0]
+            color = VERDICTS[word]
             if row.n > 1:
                 low, high = np.clip([scale * row.ci_low, scale * row.ci_high], -limit, limit)
-                axis.plot([low, high], [height, height], color=color, lw=2)
-            axis.plot(scale * row.estimate, height, marker, color=color, ms=7)
+                axis.plot([low, high], [height, height], color=color, lw=1.6)
+            if row.threshold:
+                axis.plot([scale * row.threshold] * 2, [height - 0.12, height + 0.12], color="0.35", lw=1)
+            face = "white" if word == "inconclusive" else color
+            axis.plot(scale * row.estimate, height, markers[row.pruner], color=color, mfc=face, ms=5.5)
         axis.axvline(0, color="black", lw=0.8)
-        axis.set(xlim=(-limit, limit), ylim=(-0.7, len(rows) - 0.3), xlabel=label)
-        short = [measure.split(": ")[-1] for measure in rows.measure]
-        unique = not pd.DataFrame({"claim": rows.claim, "short": short, "at": rows.sparsity}).duplicated().any()
-        names = short if unique else [measure.replace(", difference", "") for measure in rows.measure]
+        seeds = sorted(set(rows.n))
+        over = f"95 % interval over {' or '.join(map(str, seeds))} seeds" if seeds[-1] > 1 else "one seed: no interval"
+        axis.set(xlim=(-limit, limit), ylim=(-0.7, len(keys) - 0.3), xlabel=f"{label} ({over})")
+        short = [(claim, measure.split(": ")[-1], sparsity) for claim, measure, sparsity in keys]
+        unique = len(set(short)) == len(short)
         texts = [
-            f"{row.claim}: {name}" + (f"  ({row.sparsity:.0%})" if row.sparsity else "")
-            for row, name in zip(rows.itertuples(), names, strict=True)
-        ][::-1]
-        axis.set_yticks(range(len(rows)), texts, fontsize=8)
+            f"{claim}: {name if unique else measure.replace(', difference', '')}"
+            + (f"  ({sparsity:.0%})" if sparsity else "")
+            for (claim, measure, sparsity), (_, name, _) in zip(keys, short, strict=True)
+        ]
+        axis.set_yticks(range(len(keys)), texts, fontsize=8)
     found = set(claims.verdict.str.split(" ").str[0])
     handles = [
-        Line2D([], [], color=color, marker=marker, lw=2, label=word)
-        for word, (color, marker) in VERDICTS.items()
+        Line2D([], [], color=color, marker="o", mfc="white" if word == "inconclusive" else color, lw=1.6, label=word)
+        for word, color in VERDICTS.items()
         if word in found
     ]
+    handles += [Line2D([], [], color="0.35", lw=0, marker=markers[pruner], label=pruner) for pruner in pruners]
+    if claims.threshold.any():
+        handles.append(Line2D([], [], color="0.35", lw=0, marker="|", ms=8, label="what the claim needs"))
     axes[0, 0].legend(handles=handles, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     axes[0, 0].set_title("The claims, comparison by comparison\n(colour: verdict, corrected for their number)")
     return figure

@@ -26,7 +26,7 @@ def published(system: str | None = None) -> pd.DataFrame:
 
 
 def beside(study: Study, rows: pd.DataFrame) -> pd.DataFrame:
-    """Every published CIFAR row and our setting of the same system that removes most nearly as much.
+    """Every published CIFAR row and our setting, same system and network, that removes most nearly as much.
 
     rows: of comparison.csv. "removed" is the share of weights, for FTWT of multiply-accumulates; "change" is accuracy
     less the dense network's, where there is one. differs: in what the two runs are not alike. Systems that the study
@@ -35,7 +35,8 @@ def beside(study: Study, rows: pd.DataFrame) -> pd.DataFrame:
     ours = _settings(rows)
     found = []
     for line in published().itertuples():
-        mine = ours[(ours.system == line.system) & (ours.method.map(_family) == _family(line.method))]
+        alike = (ours.method.map(_family) == _family(line.method)) & (ours.network.map(_plain) == _plain(line.network))
+        mine = ours[(ours.system == line.system) & alike]
         if not line.dataset.startswith("CIFAR") or mine.empty:
             continue
         removed = line.macs_saved if line.system == "FTWT" else line.sparsity
@@ -52,7 +53,15 @@ def beside(study: Study, rows: pd.DataFrame) -> pd.DataFrame:
                 "ours removed": near.removed,
                 "ours accuracy": near.accuracy,
                 "ours change": near.accuracy - near.dense,
-                "differs": f"images, width, {line.note or 'schedule'}; ours last epoch, {near.seeds} seeds",
+                "differs": ", ".join(
+                    [
+                        f"images ({line.dataset}: {study.dataset})",
+                        f"width ({near.network.split(' x ')[-1]} of theirs)",
+                        *([f"setting ({line.method}: {near.method})"] if _setting(line.method, near.method) else []),
+                        line.note if isinstance(line.note, str) and line.note else "schedule",
+                        f"ours last epoch, {near.seeds} seeds",
+                    ]
+                ),
                 "source": line.source,
             }
         )
@@ -62,6 +71,16 @@ def beside(study: Study, rows: pd.DataFrame) -> pd.DataFrame:
 def _family(method: str) -> str:
     """A method without its setting: 'FTWT joint (r 0.92)' -> 'FTWT joint', 'SNACS with sensitivity' -> 'SNACS'."""
     return method.split(" (")[0].split(" with ")[0]
+
+
+def _plain(network: str) -> str:
+    """A network without its width, as both sides write it: 'VGG16-BN' and 'vgg16_bn x 0.25' -> 'vgg16bn'."""
+    return network.split(" x ")[0].lower().replace("-", "").replace("_", "")
+
+
+def _setting(theirs: str, ours: str) -> bool:
+    """Whether both name a setting in brackets, and not the same one."""
+    return "(" in theirs and "(" in ours and theirs.split("(")[1] != ours.split("(")[1]
 
 
 def _settings(rows: pd.DataFrame) -> pd.DataFrame:

@@ -11,10 +11,12 @@ import pandas as pd
 
 from gcnet import paths
 from gcnet.claims import every_verdict, load_claims
-from gcnet.comparison import budget_table
+from gcnet.comparison import PRUNER_NAMES, budget_table
 from gcnet.reporting import to_markdown
+from gcnet.study import Study
 
 COMPARISON = "cifar10_vgg16_bn_quarter_comparison"
+SPEED = "results/benchmarks/speed.md"
 
 
 def fill(text: str) -> str:
@@ -30,7 +32,7 @@ def fill(text: str) -> str:
 
 
 def verdicts() -> str:
-    """One row a claim: its verdict in each study that tests it; studies on digits only where there is no other."""
+    """One row a claim: its verdict by study; studies on digits or of one seed only where there is no other."""
     found = {
         folder.name: every_verdict(folder).set_index("claim")
         for folder in sorted(paths.results("").glob("*/"))
@@ -39,6 +41,9 @@ def verdicts() -> str:
     rows = []
     for claim in load_claims():
         tested = {study: known.loc[claim["id"]] for study, known in found.items() if claim["id"] in known.index}
+        # One seed decides nothing: such a study is told of only where there is no other.
+        several = {study: row for study, row in tested.items() if row.n > 1 or row.verdict != "inconclusive"}
+        tested = several or tested
         if len(tested) > 1:
             tested.pop("digits", None)
         for study, row in tested.items():
@@ -52,41 +57,73 @@ def verdicts() -> str:
     return to_markdown(table.assign(claim=table.claim.mask(table.claim.duplicated(), "")))
 
 
-# What the answer in words tells: (of what, study, claim, part of the measures told).
+# What the answer tells: (of what, study, claim, part of the measures told).
 TOLD = (
-    ("Guidance of later layers against direct pruning", "cifar10_vgg16_bn_quarter", "gcnet-1", "shift"),
-    ("Guidance by partial correlation against Pearson", "cifar10_vgg16_bn_quarter", "ours-5", "shift"),
-    ("Guidance when whole filters go", "cifar10_vgg16_bn_quarter_structured", "structured-1", "- direct"),
+    ("Later layers guided, VGG16-BN on CIFAR-10", "cifar10_vgg16_bn_quarter", "gcnet-1", "shift"),
+    ("Later layers guided, ResNet-18 on Fashion-MNIST", "fashion_mnist_resnet18_quarter", "gcnet-1", "shift"),
+    ("Partial correlation against Pearson, VGG16-BN", "cifar10_vgg16_bn_quarter", "ours-5", "shift"),
+    ("Whole filters, ghost against weights", "cifar10_vgg16_bn_quarter_structured", "structured-1", "- direct"),
     ("SNACS at the sparsity that it finds", "cifar10_vgg16_bn_quarter_snacs", "snacs-4", "shift"),
     ("FTWT at the same operations", "cifar10_vgg16_bn_quarter_ftwt", "ftwt-2", "shift"),
     ("CKA-SR's penalty in sparse training, clean images", "cifar10_resnet20_cka_sr", "cka-sr-3", "clean"),
 )
-
-
-NAMES = {"snacs": "SNACS", "mint": "MINT", "l1_block": "L1 blocks", "l1_filter": "L1 filters", "gcnet": "GC-Net B25",
-         "decoupled": "masks by image", "L1 filter": "static L1 filters", "B25 pearson": "B25", "BH pearson": "BH",
-         "Full pearson": "Full", "rst": "static random masks", "rigl": "RigL",
-         "rewind": "magnitude rewinding"}  # fmt: skip
+NAMES = {"snacs": "SNACS", "mint": "MINT", "l1_block": "L1 blocks", "l1_filter": "L1 filters",
+         "gcnet": "OS-SynFlow B25", "decoupled": "masks by image", "L1 filter": "static L1 filters",
+         "B25 pearson": "B25", "BH pearson": "BH", "Full pearson": "Full", "rst": "static random masks",
+         "rigl": "RigL", "rewind": "magnitude rewinding"}  # fmt: skip
 
 
 def answer() -> str:
-    """One line a system: differences in points of accuracy with their intervals, from the tables of claims."""
-    lines = []
+    """A sentence that counts, and differences in points of accuracy with their intervals, from the tables of claims."""
+    rows = []
     for what, study, claim, measure in TOLD:
         for file in sorted((paths.results(study) / "tables").glob("*claims.csv")):
-            rows = pd.read_csv(file)
-            rows = rows[(rows.claim == claim) & rows.measure.str.contains(measure, regex=False)]
-            told = [_points(row) for row in rows.itertuples()]
-            if told:
-                lines.append(f"- **{what}**: {'; '.join(told)}.")
-    return "\n".join(lines) + "\n" if lines else "No study has been run yet.\n"
+            told = pd.read_csv(file, keep_default_na=False, na_values={"p": "", "p_holm": ""})
+            told = told[(told.claim == claim) & told.measure.str.contains(measure, regex=False)]
+            rows += [{"question": what, **_points(row)} for row in told.itertuples()]
+    if not rows:
+        return "No study has been run yet.\n"
+    table = pd.DataFrame(rows)
+    of_pruners = table[table.pruner != ""]
+    keys = ["question", "compared"]
+    wide = of_pruners.pivot(index=keys, columns="pruner", values="difference")
+    wide = wide.reindex(pd.MultiIndex.from_frame(of_pruners[keys].drop_duplicates()))
+    wide = wide[[name for name in PRUNER_NAMES.values() if name in wide]].fillna("").reset_index()
+    plain = table[table.pruner == ""].drop(columns="pruner")
+    parts = [to_markdown(part.assign(question=part.question.mask(part.question.duplicated(), "")))
+             for part in (wide, plain) if len(part)]  # fmt: skip
+    return "\n".join([_counted(), *parts])
 
 
-def _points(row: Any) -> str:
+def _counted() -> str:
+    """How often guidance of later layers is worse or better than direct pruning, over the studies that can tell."""
+    tables = []
+    for file in sorted(paths.results("").glob("*/tables/claims.csv")):
+        table = pd.read_csv(file, keep_default_na=False, na_values={"p": "", "p_holm": ""})
+        if file.parent.parent.name not in ("smoke", "digits", COMPARISON):
+            shifted = table.measure.str.startswith("accuracy under shift")
+            tables.append(table[(table.claim == "gcnet-1") & (table.n > 1) & shifted].assign(study=file.parent.parent.name))
+    every = pd.concat(tables) if tables else pd.DataFrame(columns=["study"])
+    if every.empty:
+        return ""
+    worse, better = every.ci_high < 0, every.ci_low > 0
+    silent = int((better & every.collapsed.str.startswith("direct")).sum())
+    return (
+        f"Guidance of later layers (B25, BH) is less accurate under shift than direct pruning in {worse.sum()} of "
+        f"{len(every)} settings (pruner, share removed and hybrid, in the {every.study.nunique()} studies of several "
+        f"seeds), more accurate in {better.sum()}, {silent} of them where direct pruning lets no signal through; in "
+        f"{len(every) - worse.sum() - better.sum()} the interval holds 0.\n"
+    )
+
+
+def _points(row: Any) -> dict[str, str]:
     sides = row.measure.split(": ")[-1].split(", beta")[0].split(" - ")
-    name = " less ".join(NAMES.get(side, side) for side in sides)
-    at = f" ({row.sparsity:.0%} removed)" if row.sparsity else ""
-    return f"{name}{at} {100 * row.estimate:+.1f} [{100 * row.ci_low:+.1f}, {100 * row.ci_high:+.1f}]"
+    compared = " against ".join(NAMES.get(side, side) for side in sides)
+    at = f", {row.sparsity:.0%} removed" if row.sparsity else ""
+    points = f"{100 * row.estimate:+.1f} [{100 * row.ci_low:+.1f}, {100 * row.ci_high:+.1f}]"
+    apart = row.ci_low > 0 or row.ci_high < 0
+    points = (f"**{points}**" if apart else points) + (" ‡" if row.collapsed else "")
+    return {"compared": compared + at, "pruner": PRUNER_NAMES.get(row.pruner, row.pruner), "difference": points}
 
 
 def systems() -> str:
@@ -98,7 +135,11 @@ def systems() -> str:
     table = budget_table(rows, "macs", only_plain=True)
     dense = rows[rows.system == "dense"].groupby("shift_family").accuracy.mean()
     whole = ", ".join(f"{100 * mean:.1f} % {family}" for family, mean in dense.items())
-    return f"{to_markdown(table)}\nThe dense networks: {whole}.\n"
+    study = Study.load(COMPARISON)
+    tuned = {"masks and blocks": study.finetune_epochs, "FTWT and its static peer": study.ftwt_epochs,
+             "whole filters": study.structured_finetune_epochs}  # fmt: skip
+    epochs = ", ".join(f"{what} {count}" for what, count in tuned.items())
+    return f"{to_markdown(table)}\nThe dense networks: {whole}. Epochs of fine-tuning: {epochs}.\n"
 
 
 def times() -> str:
@@ -120,7 +161,18 @@ def times() -> str:
 
 
 def speed() -> str:
+    """How many benchmarks reach their target, and one row for each that does not."""
+    table = targets()
+    if table.empty:
+        return "No benchmark has been run yet.\n"
+    missed = table[table.reached != "yes"]
+    head = f"{len(table) - len(missed)} of {len(table)} targets were reached ([all of them]({SPEED})). "
+    return head + (f"Missed:\n\n{to_markdown(missed.drop(columns='reached'))}" if len(missed) else "None was missed.\n")
+
+
+def targets() -> pd.DataFrame:
     """One row a benchmark that has a target: what was measured and whether it reaches the target."""
+    columns = ["benchmark", "case", "against", "measured", "target", "reached"]
     rows = []
     for file in sorted(paths.results("benchmarks").glob("*.csv")):
         table = pd.read_csv(file, keep_default_na=False)
@@ -134,7 +186,7 @@ def speed() -> str:
             measured = f"{value:.3g} {unit}" if unit else f"{value:.3g}"
             rows.append({"benchmark": file.stem, "case": row.case, "against": row.peer, "measured": measured,
                          "target": row.target, "reached": "yes" if reached else "**no**"})  # fmt: skip
-    return to_markdown(pd.DataFrame(rows)) if rows else "No benchmark has been run yet.\n"
+    return pd.DataFrame(rows, columns=columns)
 
 
 def zoo() -> str:
@@ -177,7 +229,10 @@ BLOCKS: dict[str, Callable[[], str]] = {
 
 
 def write() -> Path:
-    """Fill in README.md; returns its path."""
+    """Fill in README.md, and write the table of every benchmark with a target; returns README.md's path."""
+    table = targets()
+    if len(table):
+        (paths.project() / SPEED).write_text(to_markdown(table), encoding="utf-8")
     path = paths.project() / "README.md"
     path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")
     return path

@@ -162,7 +162,8 @@ def _range_in_words(artist: Any) -> str:
 def claims_in_words(judged: pd.DataFrame) -> str:
     """Rows of claims.csv as text: 'gcnet-1, accuracy under shift, difference: B25 - direct, 80%: -0.035, supported'."""
     return "; ".join(
-        f"{row.claim}, {row.measure}{f', {row.sparsity:.0%}' if row.sparsity else ''}: {row.estimate:+.3f}, "
+        f"{row.claim}, {row.measure}{f', {row.pruner}' if row.pruner else ''}"
+        f"{f', {row.sparsity:.0%}' if row.sparsity else ''}: {row.estimate:+.3f}, "
         f"{row.verdict.split(' ')[0]}"
         for row in judged.itertuples()
     )

@@ -77,15 +77,30 @@ def test_p_is_adjusted_for_the_comparisons_of_a_claim(judge) -> None:
     assert alone.p_holm[0] == alone.p[0] and both.p_holm.max() == pytest.approx(2 * both.p.min())
 
 
-def test_pruners_and_severities_are_settings_and_make_no_interval(judge, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pruners_stand_apart_and_severities_make_no_interval(judge, monkeypatch: pytest.MonkeyPatch) -> None:
     one = shifts()
     harder = one[one.severity > 0].assign(severity=2, accuracy=lambda rows: rows.accuracy - 0.1)
     other = pd.concat([one, harder]).assign(pruner="lamp")
-    other.loc[other.hybrid == "B25", "accuracy"] += 0.3
+    other.loc[other.hybrid == "B25", "accuracy"] -= 0.3
     monkeypatch.setattr(sys.modules[__name__], "shifts", lambda: pd.concat([one, harder, other]))
-    alone, both = bootstrap(np.tile([[0.04], [0.044], [0.048], [0.052]], 2)), judge(against_direct("B25"))
-    assert both.estimate[0] == pytest.approx(alone.estimate + 0.15)
-    assert both.ci_high[0] - both.ci_low[0] == pytest.approx(alone.high - alone.low)
+    alone, found = bootstrap(np.tile([[0.04], [0.044], [0.048], [0.052]], 2)), judge(against_direct("B25"))
+    assert found.pruner.tolist() == ["l1", "lamp"] and found.verdict.tolist() == ["supported", "contradicted"]
+    assert found.estimate.tolist() == pytest.approx([alone.estimate, alone.estimate - 0.3])
+    assert (found.ci_high - found.ci_low).tolist() == pytest.approx([alone.high - alone.low] * 2)
+
+
+def test_a_side_that_lets_no_signal_through_is_named(judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert judge(against_direct("B25")).collapsed.tolist() == [""]
+    silent = accuracy().assign(passes_signal=lambda rows: (rows.hybrid != "direct") | (rows.seed > 2))
+    monkeypatch.setattr(sys.modules[__name__], "accuracy", lambda: silent)
+    assert judge(against_direct("B25"), against_direct("B25", "macs")).collapsed.tolist() == ["direct 3 of 4"] * 2
+
+
+def test_an_interval_stays_where_a_difference_can_be() -> None:
+    wide = judged([Comparison("gcnet-1", "m", Interval(-0.5, -1.4, 0.7, 3, 0.4), margin=0.005)]).iloc[0]
+    assert (wide.ci_low, wide.ci_high, wide.threshold) == (-1.0, 0.7, -0.005)
+    one = judged([Comparison("gcnet-1", "m", bootstrap(np.array([0.3])))]).iloc[0]
+    assert one.ci_low == -np.inf and one.verdict == "inconclusive (one seed)"
 
 
 def test_networks_that_are_never_apart_decide_nothing(judge) -> None:
@@ -108,7 +123,7 @@ def test_cells_that_are_not_there_and_other_studies_are_left_out(judge) -> None:
 def test_a_claim_is_as_strong_as_its_weakest_comparison() -> None:
     rows = [("a", "supported"), ("a", "supported"), ("b", "supported"), ("b", "inconclusive (n ...)"),
             ("c", "inconclusive (n ...)"), ("c", "contradicted")]  # fmt: skip
-    found = overall(pd.DataFrame([{"claim": c, "statement": c, "verdict": v} for c, v in rows]))
+    found = overall(pd.DataFrame([{"claim": c, "statement": c, "verdict": v, "n": 3} for c, v in rows]))
     assert found.verdict.tolist() == ["supported", "inconclusive", "contradicted"]
     assert found[["supported", "contradicted", "inconclusive"]].sum(axis=1).tolist() == [2, 2, 2]
     assert overall(pd.DataFrame(columns=list(claims.COLUMNS))).empty

@@ -145,7 +145,7 @@ def test_every_system_of_a_study_has_its_rows(table: pd.DataFrame) -> None:
         "L1 B25": "GC-Net",
         "SNACS (δ 0.6)": "SNACS",
         "MINT (δ 0.6)": "peer of SNACS",
-        "GC-Net B25 (δ 0.6)": "GC-Net",
+        "OS-SynFlow B25 (δ 0.6)": "GC-Net",
         "FTWT decoupled (r 0.8)": "FTWT",
         "L1 filters, FTWT's MACs (r 0.8)": "peer of FTWT",
         "filters: B25 (0.6)": "structured",
@@ -178,7 +178,7 @@ def test_every_number_is_that_of_its_cell(table: pd.DataFrame) -> None:
     for cell, name, before in zip(cells.cells(STUDY)[1:], ("L1 direct", "L1 B25"), (0.0, connectivity), strict=True):
         found = cells.cell_result(STUDY, cell)
         check(name, found["macs"] / whole, 0.5, before + spent(cells.cell_folder(STUDY, cell)), found["accuracy"])
-    names = {"snacs": ("SNACS", scores), "mint": ("MINT", mint), "gcnet": ("GC-Net B25", connectivity)}
+    names = {"snacs": ("SNACS", scores), "mint": ("MINT", mint), "gcnet": ("OS-SynFlow B25", connectivity)}
     for cell in snacs_cells.snacs_cells(STUDY)[1:]:
         name, before = names[cell.method]
         found = snacs_cells.cell_result(STUDY, cell)

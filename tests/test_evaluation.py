@@ -248,9 +248,9 @@ def test_what_has_no_partner_is_left_out() -> None:
     ],
 )  # fmt: skip
 def test_verdicts(low: float, high: float, margin: float, word: str) -> None:
-    spread = math.nan if math.isinf(low) else 0.01
+    n, spread = (1, math.nan) if math.isinf(low) else (3, 0.01)
     estimate = 0.0 if math.isinf(low) else (low + high) / 2
-    assert verdict(Interval(estimate, low, high, 3, spread), margin=margin).startswith(word)
+    assert verdict(Interval(estimate, low, high, n, spread), margin=margin).startswith(word)
 
 
 def test_seeds_that_would_be_needed() -> None:
@@ -258,6 +258,8 @@ def test_seeds_that_would_be_needed() -> None:
     assert seeds_needed(Interval(0.005, -1, 1, 3, 0.01), 0.002) == 32
     assert seeds_needed(Interval(0.0, -1, 1, 3, 0.01), 0.01) == 8
     assert seeds_needed(Interval(1.0, -1, 1, 6, 0.01), 0.01) == 7  # more than there are
+    assert verdict(Interval(0.0, -1, 1, 3, 0.01)) == "inconclusive (n too small: would need over 100 seeds)"
+    assert verdict(bootstrap(np.array([0.1]))) == "inconclusive (one seed)"
 
 
 def test_shift_values_are_numbers_that_numpy_agrees_with() -> None:

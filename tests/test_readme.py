@@ -17,6 +17,7 @@ from gcnet.claims import COLUMNS as COLUMNS_OF_CLAIMS
 from gcnet.claims import load_claims
 from gcnet.comparison import COLUMNS
 from gcnet.connectivity import SIMILARITIES
+from gcnet.reporting import to_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,6 +30,7 @@ def test_the_blocks_are_what_the_results_are_now(monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(ROOT)
     monkeypatch.delenv("GCNET_RESULTS", raising=False)
     assert readme.fill(TEXT) == TEXT, "run `make readme`"
+    assert (ROOT / readme.SPEED).read_text(encoding="utf-8") == to_markdown(readme.targets()), "run `make readme`"
     assert set(re.findall(r"<!-- (\w+) -->", TEXT)) == set(readme.BLOCKS)
 
 
@@ -62,13 +64,15 @@ def test_a_benchmark_reaches_its_target_or_not(tmp_path: Path, monkeypatch: pyte
     }
     rows = [{"case": name, "ours_s": s, "peer": "p", "ratio": r, "target": t} for name, (s, r, t) in cases.items()]
     pd.DataFrame(rows).to_csv(folder / "x.csv", index=False)
-    lines = readme.speed().splitlines()[2:]
-    assert [line.split("|")[2].strip() for line in lines] == ["slow", "quick", "all", "lean"]
-    assert ["**no**" in line for line in lines] == [True, False, True, False]
-    assert "| 361 s |" in lines[2] and "| 100 MiB |" in lines[3]
+    table = readme.targets()
+    assert list(table.case) == ["slow", "quick", "all", "lean"]
+    assert list(table.reached) == ["**no**", "yes", "**no**", "yes"]
+    assert list(table.measured)[2:] == ["361 s", "100 MiB"]
+    text = readme.speed()
+    assert text.startswith("2 of 4 targets were reached") and "| x | slow |" in text and "quick" not in text
     pd.DataFrame([{**rows[0], "target": "fast"}]).to_csv(folder / "x.csv", index=False)
     with pytest.raises(ValueError, match="target 'fast'"):
-        readme.speed()
+        readme.targets()
 
 
 def test_links_lead_somewhere() -> None:
@@ -115,12 +119,26 @@ def test_the_answer_tells_differences_with_their_intervals(tmp_path: Path, monke
     monkeypatch.setenv("GCNET_RESULTS", str(tmp_path))
     assert readme.answer() == "No study has been run yet.\n"
     what, study, claim, _ = readme.TOLD[0]
-    (tmp_path / study / "tables").mkdir(parents=True)
-    rows = [(claim, "accuracy under shift, difference: B25 - direct", -0.0064, -0.0121, 0.0006, 0.8),
-            (claim, "share of dense MACs saved, difference: B25 - direct", 0.1, 0.1, 0.1, 0.8)]  # fmt: skip
-    columns = ["claim", "measure", "estimate", "ci_low", "ci_high", "sparsity"]
-    pd.DataFrame(rows, columns=columns).to_csv(tmp_path / study / "tables" / "claims.csv", index=False)
-    assert readme.answer() == f"- **{what}**: B25 less direct (80% removed) -0.6 [-1.2, +0.1].\n"
+    other, without, second, _ = readme.TOLD[-1]
+    rows = [
+        (claim, "accuracy under shift, difference: B25 pearson - direct", -0.0164, -0.0312, -0.0006, "l1", ""),
+        (claim, "accuracy under shift, difference: B25 pearson - direct", 0.3, 0.2, 0.4, "os_synflow", "direct 3 of 3"),
+        (claim, "accuracy under shift, difference: BH pearson - direct", 0.01, -0.02, 0.04, "l1", ""),
+        (claim, "share of dense MACs saved, difference: B25 pearson - direct", 0.1, 0.1, 0.1, "l1", ""),
+        (second, "clean accuracy: rigl, beta 0.1", 0.001, -0.002, 0.003, "", ""),
+    ]
+    columns = ["claim", "measure", "estimate", "ci_low", "ci_high", "pruner", "collapsed"]
+    table = pd.DataFrame(rows, columns=columns).assign(sparsity=0.8, n=3)
+    for name, part in ((study, table[:4]), (without, table[4:])):
+        (tmp_path / name / "tables").mkdir(parents=True)
+        part.to_csv(tmp_path / name / "tables" / "claims.csv", index=False)
+    text = readme.answer()
+    assert "| question | compared | L1 | OS-SynFlow |" in text
+    assert f"| {what} | B25 against direct, 80% removed | **-1.6 [-3.1, -0.1]** | **+30.0 [+20.0, +40.0]** ‡ |" in text
+    assert "|  | BH against direct, 80% removed | +1.0 [-2.0, +4.0] |  |" in text
+    assert f"| {other} | RigL, 80% removed | +0.1 [-0.2, +0.3] |" in text
+    assert "less accurate under shift than direct pruning in 1 of 3 settings" in text  # operations are none
+    assert "more accurate in 1, 1 of them where direct" in text
 
 
 def test_the_systems_stand_with_their_plain_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,10 +156,10 @@ def test_the_systems_stand_with_their_plain_settings(tmp_path: Path, monkeypatch
     ]
     pd.DataFrame(facts, columns=COLUMNS).to_csv(folder / "comparison.csv", index=False)
     text = readme.systems()
-    row = "L1 direct (80%) | **80.0 [80.0, 80.0]** | **70.0 [70.0, 70.0]** | 10.0 | 10.0 | 50 % | 60 |"
+    row = "L1 direct (80%) | **80.0 [80.0, 80.0]** | **70.0 [70.0, 70.0]** | 10.0 | 10.0 | 50 % in theory | 60 |"
     assert row in text
     assert "SNACS (δ 0.7)" in text and "L1 Full" not in text
-    assert text.endswith("The dense networks: 90.0 % clean, 80.0 % corrupted.\n")
+    assert "The dense networks: 90.0 % clean, 80.0 % corrupted. Epochs of fine-tuning: masks and blocks 1" in text
 
 
 def test_every_claim_has_a_row_and_digits_only_where_nothing_else_is(

@@ -25,6 +25,7 @@ CLAIMS = pd.DataFrame(
         "claim": ["gcnet-1", "gcnet-1"],
         "statement": ["Later layers <guided> & earlier direct."] * 2,
         "verdict": ["supported", "inconclusive (n too small: would need about 9 seeds)"],
+        "n": 3,
     }
 )
 SOURCE = """reporting.save_table(frame, resolved, "claims")
