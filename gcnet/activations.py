@@ -228,6 +228,12 @@ class Moments:
                     self._cross[a, b] = product.double()
 
 
+def sampled_rows(images: int, size: int, seed: int = 0) -> Tensor:
+    """Numbers of the images that a `Reservoir` of this size keeps of so many, ascending: to run only those."""
+    drawn = torch.rand(images, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return drawn.argsort(stable=True)[:size].sort().values
+
+
 class Reservoir:
     """A uniform random sample of at most `size` rows of every tap, the same images for all, from the seed."""
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gcnet import data, networks, paths
+from gcnet.activations import sampled_rows
 from gcnet.connectivity import SIMILARITIES, connectivity, spearman
 from gcnet.cost import macs
 from gcnet.evaluation import score
@@ -163,9 +164,11 @@ def connectivity_matrices(study: Study, seed: int, similarity: str) -> dict[str,
     """{layer: (C_out, C_in per group)} of a dense network, measured in float32."""
 
     def compute(folder: Path) -> None:
-        net = dense(study, seed)
+        net, images = dense(study, seed), connectivity_images(study)
+        if SIMILARITIES[similarity].basis == "samples":  # of which only these are kept
+            images = images.take(sampled_rows(len(images), SIMILARITIES[similarity].most, seed))
         matrices = connectivity(
-            net[1], normalized_batches(net, connectivity_images(study)), similarity=similarity, tap=study.tap,
+            net[1], normalized_batches(net, images), similarity=similarity, tap=study.tap,
             classwise=study.classwise, absolute=study.absolute, graph=graph(study, net[1]), seed=seed,
         )  # fmt: skip
         save_file({k: v.cpu().contiguous() for k, v in matrices.items()}, folder / "connectivity.safetensors")
@@ -414,6 +417,7 @@ def drift_rows(study: Study, seed: int, severity: int = 3) -> list[dict[str, Any
         "residual": None if study.residual == "all" else study.residual,
         "shifts": list(study.corruptions),
         "severity": severity,
+        "source": "CIFAR-10-C" if _published_corruptions(study) else None,
     }
 
     def compute(folder: Path) -> None:

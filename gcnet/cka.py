@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import activation
+from torch.nn.modules.dropout import _DropoutNd
 
 from gcnet.cost import evaluation_mode
 from gcnet.errors import unknown
@@ -426,16 +427,20 @@ class CKASparsityRegularizer:
     @torch.no_grad()
     def _written_in_place(self, model: nn.Module, example_input: Tensor) -> set[str]:
         """The modules whose output a later operation overwrites: seen by running the example once."""
+        if any(isinstance(module, _DropoutNd) and module.inplace for module in model.modules()):
+            return set(self.names)  # which writes in training only, so that one run in eval mode would not show it
         seen: dict[str, tuple[Tensor, int]] = {}
 
         def look(name: str):
             return lambda module, inputs, output: seen.update({name: (output, output._version)})
 
         handles = [model.get_submodule(name).register_forward_hook(look(name)) for name in self.names]
-        with evaluation_mode(model):
-            model(example_input[:1])
-        for handle in handles:
-            handle.remove()
+        try:
+            with evaluation_mode(model):
+                model(example_input[:1])
+        finally:
+            for handle in handles:
+                handle.remove()
         return {name for name, (output, version) in seen.items() if output._version != version}
 
     def _collector(self, name: str):

@@ -33,6 +33,7 @@ from gcnet.cells import (
 )
 from gcnet.cka import CKASparsityRegularizer, epsilon_sparsity, find_stages, minibatch_cka
 from gcnet.claims import ALIKE, Comparison, judged
+from gcnet.cost import macs
 from gcnet.evaluation import bootstrap, score
 from gcnet.hybrid import ghost_prune
 from gcnet.pruning import Masks, apply_masks
@@ -146,6 +147,7 @@ def run_folder(study: Study, run: Run, needs: Sequence[str] | None = None) -> Pa
             "ece": test["ece"],
             "weights": weights,
             "kept_weights": sum(int(mask.sum()) for mask in masks.values()) if masks else weights,
+            "macs": macs(net[1], example_input(study), masks),
         }
         write_json(folder / "run.json", result)
 
@@ -159,6 +161,15 @@ def _state(model: nn.Module) -> dict[str, torch.Tensor]:
 def run_result(study: Study, run: Run) -> dict[str, Any]:
     """method, sparsity, beta, seed, accuracy (test), val_accuracy, ece, weights, kept_weights."""
     return read_json(run_folder(study, run, ["run.json"]) / "run.json")
+
+
+def run_macs(study: Study, run: Run) -> float:
+    """Multiply-accumulates that the masks of a run leave, in theory; of older entries, from the network."""
+    known = run_result(study, run)
+    if "macs" in known:
+        return float(known["macs"])
+    net, masks = run_network(study, run)
+    return float(macs(net[1], example_input(study), masks))
 
 
 def run_network(study: Study, run: Run) -> tuple[nn.Sequential, Masks]:

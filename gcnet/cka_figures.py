@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from gcnet.evaluation import bootstrap
-from gcnet.figures import COLORS, panels
+from gcnet.figures import COLORS, categories, panels
 from gcnet.sparse_training import METHODS
 
 WITHOUT, WITH = COLORS["direct"], COLORS["B25"]
@@ -129,8 +129,7 @@ def accuracy_by_sparsity(accuracy: pd.DataFrame, dense: float | None = None) -> 
             axis.axhline(100 * dense, color="black", lw=0.8, ls="--")
             axis.annotate("dense", (1, 100 * dense), xycoords=("axes fraction", "data"), ha="right", va="bottom",
                           fontsize=8)  # fmt: skip
-        axis.set_xticks(range(len(levels)), [f"{100 * level:g} %" for level in levels])
-        axis.set_xlim(-0.5, len(levels) - 0.5)
+        categories(axis, [f"{100 * level:g} %" for level in levels])
         axis.set(title=METHODS[method], xlabel="sparsity")
     axes[0].set_ylabel("accuracy, %")
     axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
@@ -141,6 +140,7 @@ def gains(accuracy: pd.DataFrame, published: pd.DataFrame) -> Figure:
     """What the penalty adds in points, by sparsity and method: mean, 95 % interval, seeds; published ones hollow."""
     rows = accuracy[accuracy.method != "dense"]
     methods, levels = list(dict.fromkeys(rows.method)), sorted({*rows.sparsity, *published.sparsity})
+    middle = (len(methods) + published.dataset.nunique() - 1) / 2
     figure, axis = plt.subplots(figsize=(max(4.5, 1.1 * len(levels) + 1.5), 3.2))
     palette = dict(zip(METHODS, sns.color_palette("colorblind"), strict=False))
     for number, method in enumerate(methods):
@@ -148,18 +148,19 @@ def gains(accuracy: pd.DataFrame, published: pd.DataFrame) -> Figure:
         difference = 100 * (by[by.columns.max()] - by[0.0]).dropna()
         look = {"color": palette[method], "marker": _MARKERS[method]}
         for level in dict.fromkeys(difference.index.get_level_values(0)):
-            x = levels.index(level) + 0.16 * (number - len(methods) / 2)
+            x = levels.index(level) + 0.16 * (number - middle)
             label = METHODS[method] if level == difference.index[0][0] else None
             _points(axis, x, difference.loc[level].to_numpy(), label=label, **look)
     for number, (name, part) in enumerate(published.groupby("dataset")):
-        x = [levels.index(level) + 0.16 * (len(methods) / 2 + number) for level in part.sparsity]
+        x = [levels.index(level) + 0.16 * (len(methods) + number - middle) for level in part.sparsity]
         marker = "oD"[number % 2]
         axis.plot(x, 100 * (part["with"] - part["without"]), marker, mfc="white", color="black", ms=5,
                   label=f"published, {name}")  # fmt: skip
     axis.axhline(0, color="black", lw=0.8)
-    axis.set_xticks(range(len(levels)), [f"{100 * level:g} %" for level in levels])
+    categories(axis, [f"{100 * level:g} %" for level in levels])
     axis.set(xlabel="sparsity", ylabel="gain, points", title="Accuracy gained by the penalty")
-    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), title="mean, 95 % interval,\ndots: seeds",
+                title_fontsize=8, alignment="left")  # fmt: skip
     return figure
 
 

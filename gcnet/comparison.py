@@ -111,14 +111,14 @@ def _sparse_training(study: Study) -> Iterator[_Network]:
     mine = cka_cells.own(study)
     whole = _dense_macs(mine)
     for run in (r for r in cka_cells.runs(study) if r.method in study.cka_shift_methods):
-        net, masks = cka_cells.run_network(study, run)
+        left = cka_cells.run_macs(study, run)
         yield _Network(
             "CKA-SR" if run.beta else "sparse training",
             f"{run.method.upper()}{' + CKA-SR' if run.beta else ''}",
             run.seed,
             run.sparsity,
             _seconds(cka_cells.run_folder(study, run, ["run.json"])),
-            cost.macs(net[1], cells.example_input(study), masks) / whole,
+            left / whole,
             cka_cells.shifted(study, run),
             _name(mine),
         )

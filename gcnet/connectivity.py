@@ -251,12 +251,6 @@ def _columns(matrix: Tensor, index: Tensor) -> Tensor:
     return matrix[:, index.clamp_min(0)] * (index >= 0)
 
 
-def _input_groups(graph: LayerGraph, layer: str) -> Tensor:
-    """(C_in,) number of the group of each input column: columns fed by the same filters (a flattened map) share one."""
-    rows = [(source.index.clone()) for source in graph.sources[layer]]
-    return torch.unique(torch.stack(rows), dim=1, return_inverse=True)[1]
-
-
 def _diagonal_blocks(matrix: Tensor, module: nn.Module) -> Tensor:
     """(C_out, C_in) -> (C_out, C_in / groups): what each output channel of a grouped convolution sees."""
     groups = getattr(module, "groups", 1)
@@ -317,7 +311,7 @@ def connectivity(
             pairs += [((layer, where), (layer, "input")), ((layer, "input"), (layer, "input"))]
         else:
             pairs += [((layer, where), (parent, where)) for parent in graph.others(layer)]
-    groups = {layer: _input_groups(graph, layer) for layer in layers} if kind.basis == "regression" else {}
+    groups = {layer: graph.input_groups(layer) for layer in layers} if kind.basis == "regression" else {}
     taps = dict.fromkeys(chain.from_iterable(pairs))
     moments: dict[int, Moments] = {}
     reservoir = Reservoir(taps, samples or kind.most, seed)
@@ -354,7 +348,9 @@ def connectivity(
             return sum(m.abs() if absolute else m for m in found) / len(found)
 
         if kind.basis == "regression":
-            matrix = pooled((layer, "input"))[:, groups[layer].to(next(model.parameters()).device)]
+            matrix = pooled((layer, "input"))
+            fed = torch.stack([source.index >= 0 for source in graph.sources[layer]]).any(0).to(matrix.device)
+            matrix = matrix[:, groups[layer].to(matrix.device)] * fed
         else:
             of_parent = {parent: pooled((parent, where)) for parent in graph.others(layer)}
             matrix = sum(_columns(of_parent[s.parent], s.index) for s in graph.sources[layer] if s.parent != layer)

@@ -460,12 +460,12 @@ def _without_false_zeros(gated: Gated, example_input: Tensor) -> Gated:
 
     Tried out: random masks and positive random numbers for all parameters and buffers, so that nothing is 0 by chance.
     """
-    twin = copy.deepcopy(gated).cpu().double().eval()
+    twin = copy.deepcopy(gated).cpu().float().eval()
     generator = torch.Generator().manual_seed(0)
     for tensor in chain(twin.parameters(), twin.buffers()):
         if tensor.is_floating_point():
             scale = tensor[0].numel() if tensor.ndim > 1 else 1
-            tensor.copy_((torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5) / scale)
+            tensor.copy_((torch.rand(tensor.shape, generator=generator) + 0.5) / scale)
     masks = {
         layer: torch.rand(1, block.conv.out_channels, generator=generator) < 0.5 for layer, block in twin.blocks.items()
     }
@@ -480,7 +480,7 @@ def _without_false_zeros(gated: Gated, example_input: Tensor) -> Gated:
         block.register_forward_pre_hook(lambda _, args, layer=layer: check(layer, args[0]))
         for layer, block in twin.blocks.items()
     ]
-    image = torch.rand(1, *example_input.shape[1:], generator=generator, dtype=torch.float64) + 0.5
+    image = torch.rand(1, *example_input.shape[1:], generator=generator) + 0.5
     with twin.forced(masks):
         twin(image)
     for handle in handles:

@@ -114,6 +114,15 @@ def whole_numbers(axis: Axes) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
 
 
+def categories(axis: Axes, names: Sequence[str]) -> None:
+    """Places 0, 1, ... along x as categories: named in their middle, every other one shaded, no ticks of a scale."""
+    axis.set_xticks(range(len(names)), names)
+    axis.tick_params(axis="x", length=0)
+    axis.set_xlim(-0.5, len(names) - 0.5)
+    for place in range(0, len(names), 2):
+        axis.axvspan(place - 0.5, place + 0.5, color="0.96", zorder=0)
+
+
 def short_names(layers: Sequence[str]) -> list[str]:
     """Layers as their numbers in execution order."""
     return [str(number) for number in range(1, len(layers) + 1)]
@@ -371,7 +380,7 @@ def accuracy_points(rows: pd.DataFrame, value: str, label: str, dense: float | N
             axis.annotate(
                 "dense", (1, 100 * dense), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
             )
-        axis.set_xticks(range(len(sparsities)), [f"{100 * s:g} %" for s in sparsities])
+        categories(axis, [f"{100 * s:g} %" for s in sparsities])
         axis.set(title=PRUNERS[pruner], xlabel="sparsity")
     axes[0].set_ylabel(f"{label}, %")
     _legend(axes[-1], _what(rows, "mean, 95 % interval\nover seeds"))
@@ -447,7 +456,10 @@ def shift_heat_map(shifts: pd.DataFrame, sparsity: float) -> Figure:
         axis.set(xlabel="", ylabel="")
         axis.tick_params(axis="y", rotation=0)
         direct = means.loc[(pruner, "direct"), "clean"]
-        axis.set_title(f"{pruner}, {100 * sparsity:g} % removed: against direct pruning ({direct:.1f} % clean)")
+        axis.set_title(
+            f"{PRUNERS.get(pruner, pruner)}, {100 * sparsity:g} % removed: accuracy against direct pruning's, which is "
+            f"{direct:.1f} % clean"
+        )
     axes.flat[-1].set_xticklabels([s.replace("_", " ") for s in order], rotation=40, ha="right")
     return figure
 
@@ -520,7 +532,8 @@ def calibration(shifts: pd.DataFrame) -> Figure:
         for name in by.method.cat.categories:
             mine = by[by.method == name]
             axis.plot(100 * mine.clean, 100 * mine.shifted, ls="", ms=6, label=name, **_look(name))
-        axis.set(title=f"{pruner}, {100 * sparsity:g} % removed", xlabel="calibration error, clean, %")
+        title = f"{PRUNERS.get(pruner, pruner)}, {100 * sparsity:g} % removed"
+        axis.set(title=title, xlabel="calibration error, clean, %")
         axis.set_ylabel("shifted, %")
     _legend(axes[columns - 1], "a point a seed")
     return figure
@@ -556,6 +569,7 @@ def pareto(rows: pd.DataFrame, title: str) -> Figure:
             axis.errorbar(
                 100 * macs, 100 * y, yerr=[[100 * (y - low)], [100 * (high - y)]],
                 fmt=markers[system], color=colors[system], mfc=fill[system], ms=10 if system == "dense" else 5.5, lw=1,
+                zorder=4 if system == "direct" else 3,
             )  # fmt: skip
         axis.step(front.macs, front.accuracy, where="post", color="0.6", lw=1, zorder=0)
         axis.set_xlabel("MACs left, % of the dense network")
@@ -661,7 +675,7 @@ def forest(claims: pd.DataFrame) -> Figure:
         for word, color in VERDICTS.items()
         if word in found
     ]
-    handles += [Line2D([], [], color="0.35", lw=0, marker=markers[pruner], label=pruner) for pruner in pruners]
+    handles += [Line2D([], [], color="0.35", lw=0, marker=markers[p], label=PRUNERS.get(p, p)) for p in pruners]
     if claims.threshold.any():
         handles.append(Line2D([], [], color="0.35", lw=0, marker="|", ms=8, label="what the claim needs"))
     axes[0, 0].legend(handles=handles, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))

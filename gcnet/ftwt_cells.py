@@ -107,6 +107,7 @@ def _cell_inputs(study: Study, cell: GatedCell) -> dict[str, Any]:
         **cell.row(),
         **study.only("ftwt_epochs", "ftwt_lr"),
         **study.only("ftwt_head_pool", "ftwt_head_scaled", "ftwt_head_lr", "ftwt_head_cooldown", "ftwt_head_start"),
+        "estimate_images": None if static or study.ftwt_head_start != "targets" else study.ftwt_estimate_images or None,
         "gradient": "divided" if cell.mode == "joint" and study.ftwt_head_scaled else None,  # dynamic.Head
         "matched": Store.key("ftwt_cell", _cell_inputs(study, replace(cell, mode="decoupled"))) if static else None,
         "precision": precision(study),

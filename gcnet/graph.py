@@ -92,6 +92,14 @@ class LayerGraph:
         """The parents of a layer but itself: one that is called again on its own output is its own parent."""
         return tuple(parent for parent in self.parents[layer] if parent != layer)
 
+    def input_groups(self, layer: str) -> Tensor:
+        """(C_in,) number of the group of each input column: columns fed by the same filters (a flattened map) share
+        one, a column that no layer feeds (of the images, say) has one of its own."""
+        rows = torch.stack([source.index for source in self.sources[layer]])
+        unfed = (rows < 0).all(0)
+        rows[0, unfed] = -2 - torch.arange(int(unfed.sum()), device=rows.device)
+        return torch.unique(rows, dim=1, return_inverse=True)[1]
+
 
 def layer_graph(
     model: nn.Module,

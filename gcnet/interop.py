@@ -42,6 +42,17 @@ def held_elsewhere(model: nn.Module) -> dict[str, str]:
     return found
 
 
+def check_forward(module: nn.Module, layer: str) -> None:
+    """Raises ValueError for a Conv2d or Linear of a class that computes something else than torch's own with its weight
+    (weight standardisation, say): what is computed here from the weight would be another layer's output."""
+    kind = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Linear
+    same = type(module).forward is kind.forward
+    if kind is nn.Conv2d:
+        same &= type(module)._conv_forward is nn.Conv2d._conv_forward
+    if not same:
+        raise ValueError(f"layer '{layer}' is a {type(module).__name__} with a forward of its own: not supported here")
+
+
 def check_plain(model: nn.Module) -> None:
     """Raise ValueError, naming the layers, if weights are held by torch's prune or parametrize: copies would break; or
     computed before every pass, as the older weight_norm and spectral_norm do."""

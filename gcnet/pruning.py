@@ -266,7 +266,8 @@ def prune(
     """Masks that remove exactly the given share of the layers' weights (the model itself is left as it is).
 
     layers: names of Conv2d and Linear modules, default all. example_input: (1, C, H, W), needed by SynFlow. pruned: a
-    number of weights instead of the sparsity. Raises ValueError for unknown names and sparsity outside [0, 1).
+    number of weights, which goes before the sparsity. Raises ValueError for unknown names, sparsity outside [0, 1),
+    and a number that is not below that of the weights.
     """
     if pruner not in PRUNERS:
         raise unknown("pruner", pruner, PRUNERS)
@@ -277,6 +278,8 @@ def prune(
     if pruner != "random":
         _checked(found)
     total = sum(weight.numel() for weight in found.values())
+    if pruned is not None and not 0 <= pruned < total:
+        raise ValueError(f"pruned must be at least 0 and less than the {total} weights, got {pruned}")
     count = pruned_count(total, sparsity) if pruned is None else pruned
     return PRUNERS[pruner](model, layers, Context(example_input, seed), count)
 

@@ -100,9 +100,10 @@ def _counted() -> str:
     tables = []
     for file in sorted(paths.results("").glob("*/tables/claims.csv")):
         table = pd.read_csv(file, keep_default_na=False, na_values={"p": "", "p_holm": ""})
-        if file.parent.parent.name not in ("smoke", "digits", COMPARISON):
+        study = file.parent.parent.name
+        if study not in ("smoke", "digits", COMPARISON):
             shifted = table.measure.str.startswith("accuracy under shift")
-            tables.append(table[(table.claim == "gcnet-1") & (table.n > 1) & shifted].assign(study=file.parent.parent.name))
+            tables.append(table[(table.claim == "gcnet-1") & (table.n > 1) & shifted].assign(study=study))
     every = pd.concat(tables) if tables else pd.DataFrame(columns=["study"])
     if every.empty:
         return ""
@@ -139,7 +140,9 @@ def systems() -> str:
     tuned = {"masks and blocks": study.finetune_epochs, "FTWT and its static peer": study.ftwt_epochs,
              "whole filters": study.structured_finetune_epochs}  # fmt: skip
     epochs = ", ".join(f"{what} {count}" for what, count in tuned.items())
-    return f"{to_markdown(table)}\nThe dense networks: {whole}. Epochs of fine-tuning: {epochs}.\n"
+    scratch = f" Epochs from the start: dense {study.epochs}"
+    scratch += f", sparse training {study.cka_epochs}." if study.runs("07") else "."
+    return f"{to_markdown(table)}\nThe dense networks: {whole}. Epochs of fine-tuning: {epochs}.{scratch}\n"
 
 
 def times() -> str:

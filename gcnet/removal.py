@@ -11,7 +11,7 @@ import copy
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gcnet.graph import LayerGraph
@@ -30,6 +30,8 @@ def _behind(graph: LayerGraph, layer: str) -> tuple[list[str], bool]:
     """Names of the BatchNorm modules right behind a layer, and whether a filter that these zero stays zero up to the
     next layers and does not reach the network's output."""
     module = graph.module
+    if layer not in graph.nodes or not isinstance(module, fx.GraphModule):
+        return [], False  # a projection of attention, a graph that was told: what lies behind is not known
     nodes = {node.name: node for node in module.graph.nodes}
     start, norms = nodes[graph.nodes[layer]], []
     node = start
@@ -53,6 +55,8 @@ def _behind(graph: LayerGraph, layer: str) -> tuple[list[str], bool]:
             else:
                 name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
                 fine = user.op != "output" and name.strip("_") in _KEEP_ZERO_NAMES
+                if name.strip("_") in ("add", "iadd"):  # the sum with a number or a parameter is not 0
+                    fine &= len(user.all_input_nodes) == 2 and all(n.op != "get_attr" for n in user.all_input_nodes)
             if not fine:
                 return norms, False
             waiting.append(user)

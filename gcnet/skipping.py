@@ -23,6 +23,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from gcnet.cost import evaluation_mode
 from gcnet.dynamic import Gated, GatedConv
 from gcnet.graph import layer_graph, trace
+from gcnet.interop import check_forward
 
 # Up to so many output positions a matrix product is faster than a convolution, which reorders its weights first; from
 # so many on, a convolution is faster with the channels last. Measured on a CPU with AVX-512.
@@ -60,9 +61,10 @@ class Some:
 class SkippingConv:
     """A gated convolution as it is run: BatchNorm folded into weights that can be gathered by pairs of channels."""
 
-    def __init__(self, block: GatedConv) -> None:
+    def __init__(self, block: GatedConv, layer: str) -> None:
         conv = block.conv
-        self.conv, self.pool = conv, block.head.pool
+        check_forward(conv, layer)
+        self.block, self.conv, self.pool = block, conv, block.head.pool
         self.head_weight = (block.head.weight.detach() * block.head.scale).contiguous()
         self.head_bias = block.head.bias.detach().clone()
         weight, bias = _folded(conv, block.norm)
@@ -83,6 +85,10 @@ class SkippingConv:
 
     def _on(self, values: Tensor, columns: Tensor | None) -> Tensor:
         """Numbers of the filters that the head wants; the one of the largest logit where it wants none."""
+        if self.block.force is not None:
+            if len(self.block.force) != 1:
+                raise ValueError("skipping takes forced masks of one row, the same for every image")
+            return self.block.force[0].nonzero().squeeze(1)
         pooled = (values.amax((2, 3)) if self.pool == "max" else values.mean((2, 3)))[0]
         if columns is not None:
             pooled = pooled.new_zeros(self.conv.in_channels).index_copy_(0, columns, pooled)
@@ -153,7 +159,7 @@ class DynamicInference:
     def __init__(self, gated: Gated) -> None:
         with evaluation_mode(gated):
             traced = trace(gated.network, leaf_modules=(GatedConv,))
-        blocks = {layer: SkippingConv(block) for layer, block in gated.blocks.items()}
+        blocks = {layer: SkippingConv(block, layer) for layer, block in gated.blocks.items()}
         self.steps = [(node, _action(node, traced, blocks)) for node in traced.graph.nodes]
 
     @torch.inference_mode()

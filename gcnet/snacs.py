@@ -21,7 +21,7 @@ from gcnet.cost import evaluation_mode
 from gcnet.errors import unknown
 from gcnet.graph import LayerGraph, layer_graph
 from gcnet.information import acmi, check_groups, divisors, mint_gmi
-from gcnet.interop import check_plain
+from gcnet.interop import check_forward, check_plain
 from gcnet.pruning import Masks, sparsity, summary, weight_name, zero_before
 
 __all__ = ["LayerPair", "SnacsPruning", "acmi", "layer_pairs", "mint_gmi", "operating_limits", "sensitivity",
@@ -120,6 +120,8 @@ def scored_layers(model: nn.Module, graph: LayerGraph) -> list[str]:
     """The layers that are pruned: those with a parent, without grouped and depthwise convolutions (choice)."""
     ungrouped = [layer for layer in graph.layers if getattr(model.get_submodule(layer), "groups", 1) == 1]
     found = [layer for layer in ungrouped if graph.parents[layer]]
+    for layer in found:
+        check_forward(model.get_submodule(layer), layer)
     if not found:
         raise ValueError("there is nothing to prune: no (ungrouped) layer of this network has a parent layer")
     return found
@@ -129,7 +131,7 @@ def _units(graph: LayerGraph, layer: str) -> tuple[Tensor, bool]:
     """(C_in,) number of the parent filter that feeds each input column, in order of first use; columns fed by the
     same filters (a flattened map) share one. And whether every column is fed by exactly one filter."""
     rows = torch.stack([source.index.cpu() for source in graph.sources[layer]])
-    _, number = torch.unique(rows, dim=1, return_inverse=True)
+    number = graph.input_groups(layer).cpu()
     first = torch.full((int(number.max()) + 1,), len(number)).scatter_reduce_(
         0, number, torch.arange(len(number)), "amin"
     )

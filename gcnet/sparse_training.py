@@ -110,6 +110,13 @@ def _loss_twin(
     return twin, parameters, images.to(device), labels.to(device)
 
 
+def _drawn_alike(twin: nn.Module, images: Tensor) -> Tensor:
+    """The twin's logits, float32; dropout draws the same whatever was drawn before, and leaves no trace."""
+    with torch.random.fork_rng([images.device] if images.is_cuda else []):
+        torch.manual_seed(0)
+        return twin(images).float()
+
+
 def snip_masks(
     model: nn.Module, images: Tensor, labels: Tensor, sparsity: float, *, layers: Sequence[str] | None = None
 ) -> Masks:
@@ -120,7 +127,7 @@ def snip_masks(
     """
     check_sparsity(sparsity)
     twin, parameters, images, labels = _loss_twin(model, layers, images, labels)
-    loss = F.cross_entropy(twin(images).float(), labels)
+    loss = F.cross_entropy(_drawn_alike(twin, images), labels)
     gradients = torch.autograd.grad(loss, list(parameters.values()))
     scores = {n: (w.detach() * g).abs() for (n, w), g in zip(parameters.items(), gradients, strict=True)}
     return global_masks(scores, pruned_count(sum(s.numel() for s in scores.values()), sparsity))
@@ -136,7 +143,7 @@ def grasp_masks(
     """
     check_sparsity(sparsity)
     twin, parameters, images, labels = _loss_twin(model, layers, images, labels)
-    loss = F.cross_entropy(twin(images).float() / GRASP_TEMPERATURE, labels)
+    loss = F.cross_entropy(_drawn_alike(twin, images) / GRASP_TEMPERATURE, labels)
     gradients = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
     product = sum((g.detach() * g).sum() for g in gradients)
     seconds = torch.autograd.grad(product, list(parameters.values()))

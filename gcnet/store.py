@@ -12,6 +12,7 @@ import platform
 import resource
 import shutil
 import subprocess
+import threading
 import time
 import uuid
 from collections import Counter
@@ -187,13 +188,16 @@ class Store:
         final = self.root / self.key(kind, inputs)
         partial = self._claim(final.name)
         started = time.perf_counter()
-        compute(partial)
+        with _sign_of_life(partial / "owner"):
+            compute(partial)
         for leftover in partial.glob(".*"):  # a temporary file of a run that was killed
             leftover.unlink()
         files = {p.name: sha256_file(p) for p in sorted(partial.iterdir()) if p.is_file() and p.name != "owner"}
         entry = {"kind": kind, "inputs": inputs, "files": files, "provenance": provenance()}
         entry["wall_s"] = round(time.perf_counter() - started, 3)
         write_json(partial / "entry.json", entry)
+        if _owner(partial) != _me():
+            raise OSError(f"another process took {partial.name} over meanwhile: run again to find or finish its result")
         with self._alone():  # in between, the folder would look as if nobody owned it
             if final.exists() and self.find(kind, inputs) is None and final.exists():
                 self._set_aside(final)  # half there, or unpacked without its large files
@@ -229,12 +233,43 @@ class Store:
             yield
 
 
+def _me() -> str:
+    return f"{platform.node()} {os.getpid()}"
+
+
 def _own(folder: Path) -> None:
-    (folder / "owner").write_text(f"{platform.node()} {os.getpid()}", encoding="utf-8")
+    (folder / "owner").write_text(_me(), encoding="utf-8")
+
+
+def _owner(folder: Path) -> str:
+    try:
+        return (folder / "owner").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+@contextlib.contextmanager
+def _sign_of_life(owner: Path, every_s: float = 300) -> Iterator[None]:
+    """Meanwhile the owner's file is touched, so that other hosts see that its process still runs."""
+    over = threading.Event()
+
+    def touch() -> None:
+        while not over.wait(every_s):
+            with contextlib.suppress(OSError):
+                os.utime(owner)
+
+    thread = threading.Thread(target=touch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _alive(owner: Path) -> bool:
-    """Whether the process that claimed an unfinished folder still runs (on another host: taken as alive for a day)."""
+    """Whether the process that claimed an unfinished folder still runs (on another host: for a day after its last
+    sign of life)."""
     try:
         host, pid = owner.read_text(encoding="utf-8").split()
         if host != platform.node():

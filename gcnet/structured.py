@@ -758,7 +758,8 @@ def _remove(dependencies: Any, groups: list[_Group], kept: list[Tensor], channel
     for name, sides in channels.items():
         module = model.get_submodule(name)
         have = {side: len(mask) for side, mask in _full(module).items()}
-        planned = {side: len(kept) for side, kept in sides.items()}
+        # With one channel a group left, a grouped convolution is a depthwise one: no side of its own for inputs.
+        planned = {side: len(kept) for side, kept in sides.items() if side in have}
         if have != planned:
             raise ValueError(
                 f"torch-pruning cut '{name}' to {have}, planned was {planned}: freeze=('{name}',) leaves it"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -37,6 +37,8 @@ def flow(twin: nn.Module, example_input: Tensor) -> Tensor:
     """
     with _Positive():
         out = twin(torch.ones_like(example_input[:1], dtype=torch.float64))
+    if isinstance(out, Mapping):
+        out = list(out.values())
     return out if isinstance(out, Tensor) else out[0]
 
 
@@ -86,6 +88,7 @@ _SAME = ("relu", "relu_", "relu6", "hardtanh", "hardtanh_", "hardswish", "leaky_
          "selu", "selu_", "celu", "celu_", "silu", "gelu", "mish", "softplus", "softsign", "tanh", "tanh_", "clamp",
          "clamp_", "clamp_min", "clamp_min_", "clamp_max", "clamp_max_", "dropout", "dropout1d", "dropout2d",
          "dropout3d", "alpha_dropout", "feature_alpha_dropout")  # fmt: skip
+_CASTS = ("float", "double", "half", "bfloat16", "to", "type")  # all stays float64, where it is
 _GATES = ("sigmoid", "sigmoid_", "hardsigmoid")
 _PRODUCTS = ("mul", "mul_", "multiply", "multiply_", "__mul__", "__rmul__", "__imul__")
 _OTHERS: dict[str, Callable[..., Tensor]] = {
@@ -107,6 +110,10 @@ class _Positive(TorchFunctionMode):
         if func in (torch.batch_norm, torch.instance_norm):  # which take them in another order
             x, weight, bias, mean, var, training, momentum, eps, *_ = args
             args = (x, mean, var, weight, bias, training, momentum, eps)
+        if not args and "input" in kwargs:
+            args = (kwargs.pop("input"),)
+        if name in _CASTS:
+            return args[0]
         if name in _OTHERS:
             return _OTHERS[name](*args, **_renamed(kwargs))
         if name in _SAME:

@@ -188,7 +188,10 @@ def train(
     sgd = optimizer(model) if optimizer else _optimizer(model, recipe)
     history: list[dict[str, float]] = []
     if checkpoint and checkpoint.exists():
-        history = _resume(checkpoint, model, sgd, recipe, seed, pairs if rewire else [], penalty)
+        history = _resume(checkpoint, model, sgd, recipe, seed, pairs, penalty)
+    if rewire is not None:  # which reads the gradients after the step: torch's fused loops overwrite them
+        for group in sgd.param_groups:
+            group["foreach"] = False
     images, labels = data.images.to(device), data.labels.to(device)
     # The last, smaller batch of an epoch is left out (each epoch shuffles anew), unless it is the only one.
     batch_size = min(recipe.batch_size, len(data))
@@ -238,8 +241,8 @@ def train(
         if on_epoch:
             on_epoch(row)
         if checkpoint:
-            _save(checkpoint, model, sgd, recipe, seed, history, pairs if rewire else [], penalty)
-    if rewire is not None and masks:
+            _save(checkpoint, model, sgd, recipe, seed, history, pairs, penalty)
+    if masks:
         for name, (_, mask) in zip(masks, pairs, strict=True):
             masks[name] = mask.to(masks[name].device)
     return history
@@ -247,16 +250,16 @@ def train(
 
 def _save(
     path: Path, model: nn.Module, optimizer: torch.optim.SGD, recipe: Recipe, seed: int, history: list,
-    moving: list[tuple[Tensor, Tensor]], penalty: Penalty | None,
+    held: list[tuple[Tensor, Tensor]], penalty: Penalty | None,
 ) -> None:  # fmt: skip
-    """moving: the (weight, mask) pairs of masks that change; a penalty with a `state_dict` keeps its state too."""
+    """held: the (weight, mask) pairs; a penalty with a `state_dict` keeps its state too."""
     state = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "recipe": asdict(recipe),
         "seed": seed,
         "history": history,
-        "masks": [mask for _, mask in moving],
+        "masks": [mask for _, mask in held],
         "penalty": penalty.state_dict() if hasattr(penalty, "state_dict") else None,
     }
     with atomic_write(path) as temporary:
@@ -265,7 +268,7 @@ def _save(
 
 def _resume(
     path: Path, model: nn.Module, optimizer: torch.optim.SGD, recipe: Recipe, seed: int,
-    moving: list[tuple[Tensor, Tensor]], penalty: Penalty | None,
+    held: list[tuple[Tensor, Tensor]], penalty: Penalty | None,
 ) -> list[dict[str, float]]:  # fmt: skip
     damaged = f"checkpoint '{path}' is truncated or of another network"
     try:
@@ -280,7 +283,7 @@ def _resume(
     try:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        for (_, mask), saved in zip(moving, state.get("masks", []), strict=True):
+        for (_, mask), saved in zip(held, state.get("masks", []), strict=True):
             mask.copy_(saved)
         if state.get("penalty") is not None:
             penalty.load_state_dict(state["penalty"])

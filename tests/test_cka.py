@@ -450,3 +450,22 @@ def test_large_maps_are_added_up_in_chunks(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(cka, "_CHUNK", 1)
     parts = cka._centred_gram(x)
     assert torch.allclose(whole[0], parts[0], rtol=1e-4, atol=1e-2) and torch.allclose(whole[1], parts[1])
+
+
+def test_dropout_that_writes_in_place_does_not_reach_what_was_measured() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Dropout2d(0.5, inplace=True), nn.Conv2d(4, 4, 3), nn.SiLU(), nn.Flatten(),
+        nn.Linear(64, 3),
+    ).train()  # fmt: skip
+    images = draw(8, 3, 8, 8, dtype=torch.float32)
+    penalty = CKASparsityRegularizer(model, images[:1], beta=1.0, every=1, stages=[["1", "4"]])
+    (model(images).sum() + penalty()).backward()
+    assert model[0].weight.grad.isfinite().all()
+
+
+def test_an_example_that_does_not_fit_leaves_no_hooks() -> None:
+    model = resnet()
+    stages = find_stages(model, torch.zeros(1, 3, 32, 32))
+    with pytest.raises(RuntimeError):
+        CKASparsityRegularizer(model, torch.zeros(1, 5, 32, 32), stages=stages)
+    assert not any(module._forward_hooks for module in model.modules())

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from gcnet.activations import Reservoir, sampled_rows
 from gcnet.connectivity import (
     SIMILARITIES,
     connectivity,
@@ -667,3 +668,36 @@ def test_the_width_of_hsic_is_that_of_all_images_however_they_are_sorted() -> No
     y = x @ torch.randn(2, 2, generator=generator) + torch.randn(600, 2, generator=generator)
     order = torch.randperm(600, generator=generator)
     assert torch.allclose(hsic(x, y), hsic(x[order], y[order]), atol=0.02)
+
+
+class Beside(nn.Module):
+    """A layer that sees a layer's filters and the image itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(7, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.c(torch.cat([torch.relu(self.a(x)), x], 1))).mean((2, 3))
+
+
+def test_the_channels_of_the_image_are_given_and_no_parents() -> None:
+    torch.manual_seed(0)
+    model, images = Beside().eval(), torch.randn(400, 3, 1, 1)
+    graph = layer_graph(model, images[:1])
+    assert graph.input_groups("c").unique().numel() == 7
+    found = connectivity(model, [(images, torch.arange(400) % 4)], similarity="partial", graph=graph)["c"]
+    assert not found[:, 4:].any()  # 0 where no layer is the parent
+    seen = torch.cat([torch.relu(model.a(images)), images], 1).flatten(1).detach()
+    joint = torch.cat([model(images).detach()[:, :1], seen], 1)
+    precision = torch.linalg.inv(torch.cov(joint.T.double()))
+    expected = -precision[0, 1:5] / (precision[0, 0] * precision.diagonal()[1:5]).sqrt()
+    torch.testing.assert_close(found[0, :4].double(), expected, atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize(("images", "size", "step"), [(1000, 37, 64), (50, 80, 7), (300, 300, 300)])
+def test_the_rows_that_a_reservoir_keeps_are_known_beforehand(images: int, size: int, step: int) -> None:
+    reservoir = Reservoir([("a", "conv")], size, seed=3)
+    for rows in torch.arange(images).split(step):
+        reservoir.update({("a", "conv"): rows[:, None].float()}, rows)
+    assert torch.equal(sampled_rows(images, size, seed=3), reservoir.labels)

@@ -613,3 +613,28 @@ def test_a_norm_without_running_statistics_is_left_behind_the_gate() -> None:
     gated = spread_out(gate(model.eval(), noise(1, size=8)[:, :3]))
     x = noise(1, size=8)[:, :3]
     assert torch.allclose(DynamicInference(gated)(x), gated(x), atol=1e-5)
+
+
+def test_skipping_follows_forced_masks_and_refuses_those_by_image() -> None:
+    gated, x = spread_out(gate(two_layers().eval(), noise(1, size=8))), noise(1, size=8)
+    skipping = DynamicInference(gated)
+    generator = torch.Generator().manual_seed(1)
+    sizes = {layer: block.conv.out_channels for layer, block in gated.blocks.items()}
+    masks = {layer: torch.rand(1, size, generator=generator) < 0.6 for layer, size in sizes.items()}
+    with gated.forced(masks):
+        torch.testing.assert_close(skipping(x), gated(x), atol=1e-5, rtol=0)
+    by_image = {layer: mask.expand(2, -1) for layer, mask in masks.items()}
+    with gated.forced(by_image), pytest.raises(ValueError, match="masks of one row"):
+        skipping(x)
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+
+def test_skipping_refuses_a_convolution_that_computes_something_else() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), Standardised(8, 8, 3), nn.Flatten(), nn.Linear(128, 3)).eval()
+    gated = gate(model, noise(1, size=8))
+    with pytest.raises(ValueError, match="layer '2' is a Standardised with a forward of its own"):
+        DynamicInference(gated)

@@ -8,12 +8,22 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from gcnet import ftwt_cells as ftwt
 from gcnet import ftwt_figures
 from gcnet.cells import cells, dense, normalized_batches, splits
 from gcnet.dynamic import measure
-from gcnet.ftwt_cells import GatedCell, claims_table, gated_cells, gated_network, gated_result, gated_shift_rows, stages
+from gcnet.ftwt_cells import (
+    GatedCell,
+    claims_table,
+    gated_cells,
+    gated_folder,
+    gated_network,
+    gated_result,
+    gated_shift_rows,
+    stages,
+)
 from gcnet.store import Store, write_json
 from gcnet.study import Study
 
@@ -85,6 +95,11 @@ def test_the_static_peer_costs_at_most_as_much_and_pays_for_no_heads() -> None:
     dynamic, static = gated_result(STUDY, DECOUPLED), gated_result(STUDY, STATIC)
     assert static["macs"] <= dynamic["macs"]
     assert static["macs"] > 0.9 * dynamic["macs"]
+    net = gated_network(STUDY, STATIC)
+    held = load_file(gated_folder(STUDY, STATIC) / "masks.safetensors")
+    with net[1].forced({layer: mask[None] for layer, mask in held.items()}):
+        firing = measure(net[1], normalized_batches(net, splits(STUDY).test))
+    assert static["macs"] == pytest.approx(firing.macs.mean().item() - net[1].macs_heads)
     assert static["mask_accuracy"] is None
     assert all(layer["k_low"] == layer["k_high"] for layer in static["layers"])
 
@@ -163,3 +178,16 @@ def test_seeds_that_agree_to_the_last_bit_are_drawn() -> None:
     )  # fmt: skip
     for _, part in rows.groupby("accuracy"):
         plt.close(ftwt_figures.accuracy_against_macs(part, pd.DataFrame()))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"ftwt_epochs": 2}, {"ftwt_lr": 0.5}, {"ftwt_head_lr": 0.5}, {"ftwt_head_cooldown": 0.25},
+     {"ftwt_head_pool": "mean"}, {"ftwt_head_scaled": False}, {"ftwt_head_start": "random"},
+     {"ftwt_estimate_images": 50}, {"seeds": (0,)}],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_whatever_changes_a_gated_network_is_in_its_key(change: dict) -> None:
+    before, after = (Store.key("ftwt_cell", ftwt._cell_inputs(study, DECOUPLED)) for study in
+                     (STUDY, STUDY.model_copy(update=change)))  # fmt: skip
+    assert (before == after) == ("seeds" in change)

@@ -467,3 +467,11 @@ def test_layers_that_share_a_weight_are_refused() -> None:
     with pytest.raises(ValueError, match="layers '0' and '2' share one weight"):
         prune(model, pruner="l1", sparsity=0.5)
     assert removed(prune(model, pruner="l1", sparsity=0.5, layers=["0", "3"])) == 12
+
+
+@pytest.mark.parametrize("count", [-1, 220, 10**6])
+def test_a_number_of_weights_out_of_range_is_refused(count: int) -> None:
+    model = nn.Sequential(nn.Linear(10, 20), nn.Linear(20, 1))
+    with pytest.raises(ValueError, match="less than the 220 weights"):
+        prune(model, pruner="l1", sparsity=0.5, pruned=count)
+    assert sparsity(prune(model, pruner="l1", sparsity=0.5, pruned=11)) == pytest.approx(0.05)

@@ -500,3 +500,60 @@ def test_masks_spread_blocks_over_weights() -> None:
     for pair in pairs:
         removed = int((pair.block_sizes() * ~kept[pair.layer]).sum())
         assert int((~masks[weight_name(pair.layer)]).sum()) == removed
+
+
+class Offset(nn.Module):
+    """A sum with a number or a parameter: a channel that is 0 before is not behind it."""
+
+    def __init__(self, offset: object) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 6, 3, bias=False), nn.Conv2d(6, 4, 3), nn.Linear(4, 3)
+        self.offset = offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.b(torch.relu(self.a(x) + self.offset))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("offset", [1.0, nn.Parameter(torch.ones(1, 6, 1, 1))], ids=["number", "parameter"])
+def test_a_filter_that_something_is_added_to_stays(offset: object) -> None:
+    model, images = Offset(offset).eval(), torch.rand(4, 3, 8, 8)
+    model.a.weight.data[2] = 0
+    graph = layer_graph(model, images[:1])
+    masks = Masks({f"{name}.weight": model.get_submodule(name).weight != 0 for name in graph.layers})
+    smaller = remove_filters(model, graph, masks)
+    assert smaller.a.weight.shape[0] == 6 and torch.allclose(smaller(images), model(images), atol=1e-6)
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).flatten(2).transpose(1, 2)
+        return self.head((x + self.attention(x, x, x)[0]).mean(1))
+
+
+@pytest.mark.parametrize("told", [None, {"head": ["conv"]}], ids=["attention", "told graph"])
+def test_where_what_lies_behind_is_unknown_nothing_is_removed(told: dict | None) -> None:
+    model, images = Attending().eval(), torch.rand(2, 3, 6, 6)
+    graph = layer_graph(model, images[:1], parents=told)
+    masks = Masks({f"{name}.weight": torch.ones_like(model.get_submodule(name).weight).bool() for name in graph.layers})
+    masks["conv.weight"][1] = False
+    apply_masks(model, silenced(model, graph, masks))
+    smaller = remove_filters(model, graph, masks)
+    assert smaller.conv.out_channels == 8 and torch.allclose(smaller(images), model(images), atol=1e-6)
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight, self.bias)
+
+
+def test_a_layer_that_computes_something_else_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), Standardised(8, 8, 3), nn.Flatten(), nn.Linear(128, 3))
+    batches = [(torch.rand(30, 3, 8, 8), torch.arange(30) % 3)]
+    with pytest.raises(ValueError, match="layer '2' is a Standardised with a forward of its own"):
+        snacs_prune(model, batches, delta=0.5)

@@ -249,3 +249,16 @@ def test_truth_of_the_check_is_the_partial_correlation() -> None:
     inverse = torch.linalg.inv(torch.cov(both.T))
     r = -inverse[0, 1:] / (inverse[0, 0] * inverse.diagonal()[1:]).sqrt()
     assert torch.allclose(-torch.log1p(-r.square()) / 2, truth[0], atol=0.01)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"snacs_phi": "square"}, {"snacs_weights": "signed_global"}, {"snacs_rule": "last"}, {"snacs_tolerance": 0.5},
+     {"snacs_protected": 0.5}, {"snacs_images": 7}, {"finetune_epochs": 9}, {"finetune_lr": 0.5}, {"seeds": (0,)}],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_whatever_changes_a_pruned_network_is_in_its_key(change: dict) -> None:
+    cell = stages.SnacsCell("snacs", 0.5, 0)
+    before, after = (Store.key("snacs_cell", stages._cell_inputs(study, cell)) for study in
+                     (STUDY, STUDY.model_copy(update=change)))  # fmt: skip
+    assert (before == after) == ("seeds" in change)

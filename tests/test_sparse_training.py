@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gcnet import networks
+from gcnet import networks, sparse_training
 from gcnet.cka import CKASparsityRegularizer
 from gcnet.data import Dataset
 from gcnet.pruning import Masks, pruned_count, sparsity
@@ -384,3 +384,27 @@ def test_dense_training_is_training_without_masks() -> None:
     masks, _ = sparse_train(model, data(), RECIPE, method="dense", sparsity=0.9, seed=0, precision="float32")
     train(plain, data(), RECIPE, seed=0, precision="float32")
     assert same(model, plain) and masks == {} and sparsity(masks) == 0
+
+
+@pytest.mark.parametrize("method", ["snip", "grasp"])
+def test_masks_from_data_follow_the_seed_through_dropout(method: str) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 30), nn.ReLU(), nn.Dropout(0.5), nn.Linear(30, 4))
+    images, labels = torch.rand(16, 3, 2, 2), torch.arange(16) % 4
+    masks = []
+    for number in (1, 2):
+        torch.manual_seed(number)  # what was drawn before does not count
+        masks.append(getattr(sparse_training, f"{method}_masks")(model, images, labels, 0.5))
+        assert torch.rand(1) == torch.rand(1, generator=torch.Generator().manual_seed(number))  # and nothing was drawn
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+
+
+def test_a_resumed_run_goes_on_under_the_masks_that_it_began_with(tmp_path: Path) -> None:
+    weight = "1.weight"
+    ones = torch.ones_like(net().get_parameter(weight), dtype=torch.bool)
+    first, second = ones.clone(), ones.clone()
+    first[0], second[1] = False, False
+    resumed, given, kept = net(), {weight: second}, {"seed": 0, "checkpoint": tmp_path / "c.pt"}
+    with pytest.raises(Stop):
+        train(net(), data(), RECIPE, masks={weight: first}, on_epoch=stop_after(2), **kept)
+    train(resumed, data(), RECIPE, masks=given, **kept)
+    assert torch.equal(given[weight], first) and not resumed.get_parameter(weight)[0].any()

@@ -341,3 +341,34 @@ def test_json_is_read_as_it_was_written(tmp_path: Path) -> None:
     write_json(tmp_path / "x.json", value)
     assert read_json(tmp_path / "x.json") == value
     assert list(json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))) == ["a", "b"]
+
+
+def test_an_entry_that_another_process_took_over_is_not_published(tmp_path: Path) -> None:
+    def robbed(folder: Path) -> None:
+        (folder / "early.txt").write_text("early", encoding="utf-8")
+        folder.rename(folder.with_name("taken"))  # by a host that saw no sign of life
+        folder.mkdir()
+        (folder / "late.txt").write_text("late", encoding="utf-8")
+
+    with pytest.raises(OSError, match=r"another process took .* over"):
+        Store(tmp_path).once("robbed", INPUTS, robbed)
+    assert Store(tmp_path).find("robbed", INPUTS) is None
+
+
+def test_a_long_computation_gives_signs_of_life(tmp_path: Path) -> None:
+    owner = tmp_path / "owner"
+    owner.write_text("host 1", encoding="utf-8")
+    os.utime(owner, (0, 0))
+    with store._sign_of_life(owner, every_s=0.01):
+        until = time.monotonic() + 10
+        while owner.stat().st_mtime == 0 and time.monotonic() < until:
+            time.sleep(0.01)
+    assert time.time() - owner.stat().st_mtime < 60
+
+
+def test_a_process_on_another_host_is_alive_for_a_day_after_its_last_sign(tmp_path: Path) -> None:
+    owner = tmp_path / "owner"
+    owner.write_text("another-host 1", encoding="utf-8")
+    assert store._alive(owner)
+    os.utime(owner, (time.time() - 90000, time.time() - 90000))
+    assert not store._alive(owner)

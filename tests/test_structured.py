@@ -620,3 +620,23 @@ def test_a_depthwise_convolution_with_several_filters_a_channel_is_left_whole() 
     found = structured_prune(model, batches, macs=0.8, hybrid="direct")
     assert found.network[2].weight.shape == (12, 1, 3, 3) and found.network[4].out_channels < 8
     assert any("makes several filters of each channel" in words for words in found.report["frozen"].values())
+
+
+class Grouped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.g = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=4)
+        self.b, self.head = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.b(torch.relu(self.g(torch.relu(self.a(x)))))).mean((2, 3)))
+
+
+def test_a_grouped_convolution_may_end_with_one_channel_a_group(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, images = Grouped().eval(), torch.rand(8, 3, 12, 12)
+    found = gcnet.structured_prune(model, [(images, torch.arange(8) % 4)], macs=0.3, hybrid="direct")
+    assert found.network.g.groups == 4 == found.network.g.in_channels
+    found.save(tmp_path / "small")
+    again = gcnet.load_structured(Grouped(), tmp_path / "small").eval()
+    assert torch.equal(again(images), found.network.eval()(images))

@@ -136,3 +136,20 @@ def test_the_ghosts_norms_are_the_identity(norm: nn.Module) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 1), norm).eval()
     x = torch.randn(2, 8, 4, 4)
     assert torch.allclose(build_ghost(model, {})[1](x), x, atol=1e-5)
+
+
+class Cast(nn.Module):
+    """What users write: casts, arguments by keyword, outputs by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        x = torch.clamp(input=self.conv(images.float()), min=0).to(torch.float32)
+        return {"logits": self.head(x.mean((2, 3)).type(torch.float32))}
+
+
+def test_casts_keywords_and_named_outputs_are_no_obstacle() -> None:
+    masks = prune(Cast(), pruner="os_synflow", sparsity=0.5, example_input=torch.rand(1, 3, 8, 8))
+    assert sparsity(masks) == pytest.approx(0.5, abs=0.01)
