@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gcnet.activations import Moments, Reservoir, Tap, Where, stream
 from gcnet.errors import unknown
-from gcnet.graph import LayerGraph, layer_graph
+from gcnet.graph import LayerGraph, given_or_traced
 
 # --- similarity of paired samples: parent (N, P), child (N, C) -> (C, P) ---------------------------------------------
 
@@ -271,7 +271,7 @@ def connectivity(
     classwise: bool = False,
     absolute: bool = False,
     graph: LayerGraph | None = None,
-    residual: str = "all",
+    residual: str | None = None,
     samples: int | None = None,
     seed: int = 0,
 ) -> dict[str, Tensor]:
@@ -280,9 +280,9 @@ def connectivity(
     batches: iterable of (images, labels), images as the model takes them. similarity: a name in SIMILARITIES. tap:
     "conv" (the layer's own output) or "relu" (after BatchNorm and activation); None is the similarity's own (conv;
     relu for partial). classwise: computed within each class, averaged over the classes. absolute: the magnitude (of
-    each class before averaging). residual: which parents a sum has, see `layer_graph`. samples: images kept, drawn
-    uniformly from the seed, for the similarities that need samples (default 2,000 for spearman and mutual_information,
-    500 for distance and hsic, whose cost grows with the square).
+    each class before averaging). residual: which parents a sum has, see `layer_graph`, where no graph is given.
+    samples: images kept, drawn uniformly from the seed, for the similarities that need samples (default 2,000 for
+    spearman and mutual_information, 500 for distance and hsic, whose cost grows with the square).
     The matrices of parents that meet in a sum are added, those of concatenated parents stand side by side, a
     flattened channel repeats its value. A layer that runs more than once is measured at its first call, and is no
     parent of itself. The model's mode and buffers are left as they were.
@@ -300,8 +300,7 @@ def connectivity(
     first = next(iterator, None)
     if first is None:
         raise ValueError("connectivity needs at least 2 images, got no batch at all")
-    if graph is None:
-        graph = layer_graph(model, first[0][:1].to(next(model.parameters()).device), residual=residual)
+    graph = given_or_traced(graph, model, first[0][:1].to(next(model.parameters()).device), residual)
     layers = [layer for layer in graph.layers if graph.others(layer)]
     if not layers:
         return {}

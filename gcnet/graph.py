@@ -101,6 +101,16 @@ class LayerGraph:
         return torch.unique(rows, dim=1, return_inverse=True)[1]
 
 
+def given_or_traced(
+    graph: LayerGraph | None, model: nn.Module, example_input: Tensor, residual: str | None
+) -> LayerGraph:
+    """The graph that was given, or the model's. Raises ValueError where residual is asked for beside a graph, which has
+    settled it."""
+    if graph is not None and residual is not None:
+        raise ValueError(f"residual='{residual}' says how a graph is made: give it to layer_graph, or leave graph out")
+    return graph or layer_graph(model, example_input, residual=residual or "all")
+
+
 def layer_graph(
     model: nn.Module,
     example_input: Tensor,
@@ -406,8 +416,20 @@ class _Provenance(fx.Interpreter):
         result = self.function_call(node, _operation(node), value)
         in_place = node.op == "call_method" and str(node.target).endswith("_")
         if in_place or node.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv):
+            self.note_views(node)
             self.prov[node.args[0]] = result  # the operand itself has changed for whoever still uses it
         return result
+
+    def note_views(self, node: fx.Node) -> None:
+        """Say so where what another layer gives is written into a tensor that also goes by another name (a view)."""
+        written = self.env.get(node.args[0])
+        if not isinstance(written, Tensor) or len([n for n in node.all_input_nodes if _flat(self.prov.get(n))]) < 2:
+            return
+        place = written.untyped_storage().data_ptr()
+        for other, value in self.env.items():
+            named = isinstance(value, Tensor) and other not in node.all_input_nodes
+            if named and value.untyped_storage().data_ptr() == place:
+                self.note(f"'{node.name}' writes into '{other.name}' through a view: what reads that is not known to")
 
     def module_call(self, node: fx.Node, module: nn.Module, value: Any) -> Any:
         if _is_layer(module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gcnet.connectivity import connectivity as measure_connectivity
 from gcnet.errors import unknown
 from gcnet.ghost import build_ghost, build_mixture, check_batchnorm
-from gcnet.graph import LayerGraph, layer_graph
+from gcnet.graph import LayerGraph, given_or_traced
 from gcnet.interop import check_plain
 from gcnet.pruning import (
     PRUNERS,
@@ -149,7 +149,7 @@ def ghost_prune(
     tap: Literal["conv", "relu"] | None = None,
     classwise: bool = False,
     absolute: bool = False,
-    residual: str = "all",
+    residual: str | None = None,
     batchnorm: str = "identity",
     connectivity: dict[str, Tensor] | None = None,
     graph: LayerGraph | None = None,
@@ -175,7 +175,7 @@ def ghost_prune(
     if first is None:
         raise ValueError("ghost_prune needs images: got no batch at all")
     example = first[0][:1].to(next(model.parameters()).device)
-    graph = graph or layer_graph(model, example, residual=residual)
+    graph = given_or_traced(graph, model, example, residual)
     needed = any(role != "direct" for role in split(graph, hybrid).values())
     if needed and connectivity is None:
         connectivity = measure_connectivity(

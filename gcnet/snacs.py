@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from gcnet.activations import Tap, stream
 from gcnet.cost import evaluation_mode
 from gcnet.errors import unknown
-from gcnet.graph import LayerGraph, layer_graph
+from gcnet.graph import LayerGraph, given_or_traced, layer_graph
 from gcnet.information import acmi, check_groups, divisors, mint_gmi
 from gcnet.interop import check_forward, check_plain
 from gcnet.pruning import Masks, sparsity, summary, weight_name, zero_before
@@ -554,7 +554,7 @@ def snacs_prune(
     tolerance: float = 0.7,
     rule: str = "first",
     estimator: str = "acmi",
-    residual: str = "all",
+    residual: str | None = None,
     graph: LayerGraph | None = None,
     **options: Any,
 ) -> SnacsPruning:
@@ -578,7 +578,7 @@ def snacs_prune(
     first = next(batches, None)
     if first is None:
         raise ValueError("SNACS needs images: got no batch at all")
-    graph = graph or layer_graph(model, first[0][:1].to(next(model.parameters()).device), residual=residual)
+    graph = given_or_traced(graph, model, first[0][:1].to(next(model.parameters()).device), residual)
     pairs, labels = layer_pairs(model, chain([first], batches), groups=groups, graph=graph)
     scores = connection_scores(
         model, pairs, phi=phi, weights=weights, estimator=estimators[estimator], **options

@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import gcnet
+from gcnet.connectivity import connectivity
 from gcnet.graph import LayerGraph, Source, TraceError, layer_graph, trace
 
 IMAGE = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
@@ -668,3 +670,38 @@ def test_resnet152_is_not_quadratic() -> None:
     # 36 blocks in the third stage: its projection, then the last layer of each block.
     assert len(graph.parents["layer4.0.conv1"]) == 37
     assert graph.parents["layer3.1.conv1"] == ("layer3.0.conv3", "layer3.0.downsample.0")
+
+
+class Views(nn.Module):
+    """A sum that is written into a tensor of two names."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.how = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        if self.how == "view":
+            v = y.view(y.shape)
+            v += self.b(x)
+        elif self.how == "chunk":
+            half, _ = y.chunk(2, 1)
+            half.add_(self.b(x)[:, :2])
+        else:
+            y += self.b(x)
+        return self.c(y)
+
+
+@pytest.mark.parametrize("how", ["view", "chunk", "itself"])
+def test_a_sum_written_through_a_view_is_told(how: str) -> None:
+    graph = layer_graph(Views(how), torch.rand(1, 3, 4, 4))
+    assert any("through a view" in note for note in graph.notes) == (how != "itself")
+    assert (graph.parents["c"] == ("a", "b")) == (how == "itself")
+
+
+def test_a_graph_that_was_given_has_its_residual_rule() -> None:
+    model, batches = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)), [(torch.rand(4, 3, 4, 4), torch.arange(4))]
+    graph = layer_graph(model, batches[0][0][:1])
+    for measure in (connectivity, gcnet.ghost_prune, gcnet.snacs_prune):
+        with pytest.raises(ValueError, match="give it to layer_graph"):
+            measure(model, batches, graph=graph, residual="nearest")
