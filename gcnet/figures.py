@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -552,7 +553,7 @@ def pareto(rows: pd.DataFrame, title: str) -> Figure:
     rows = rows[rows.shift_family == "corrupted"]
     systems = list(dict.fromkeys(rows.system))
     colors = dict(zip(systems, sns.color_palette("colorblind", len(systems)), strict=True))
-    markers = dict(zip(systems, ("*", "o", "s", "D", "^", "v", "P", "X", "<"), strict=False))
+    markers = dict(zip(systems, itertools.cycle("*osD^vPX<>ph"), strict=False))
     fill = {system: colors[system] if system in REMOVED else "white" for system in systems}
     points = [
         (system, part.macs.mean(), bootstrap(part.groupby("seed").accuracy.mean().to_numpy()))
