@@ -56,14 +56,15 @@ def compare(committed: Path, anew: Path) -> pd.DataFrame:
 
 def _columns(table: str, old: pd.DataFrame, new: pd.DataFrame) -> Iterator[dict[str, Any]]:
     keys = [name for name in old.columns if name in _KEYS or not pd.api.types.is_numeric_dtype(old[name])]
-    keys = [name for name in keys if name not in ("verdict", "passes_signal")]
+    keys = [name for name in keys if name not in ("verdict", "passes_signal") and not _in_words(name, old[name])]
     numbers = [n for n in old.columns if n not in keys and pd.api.types.is_numeric_dtype(old[n])]
     for column in (n for n in numbers if n not in ("ci_low", "ci_high", "p", "p_holm") and not _TIME.search(n)):
         row: dict[str, Any] = {"table": table, "column": column, "rows": len(old)}
         if column not in new or not set(keys) <= set(new.columns):
             yield row | {"missed": len(old), "verdict": "missing"}
             continue
-        both = old.merge(new, on=keys, how="left", suffixes=("", " anew"), indicator=True)
+        places = [frame.assign(**{_PLACE: _place(frame, keys)}) for frame in (old, new)]
+        both = places[0].merge(places[1], on=[*keys, _PLACE], how="left", suffixes=("", " anew"), indicator=True)
         there = (both["_merge"] == "both").to_numpy()
         a, b = both[column].to_numpy(float), both[f"{column} anew"].to_numpy(float)
         same = there & np.isclose(a, b, rtol=_EXACT, atol=1e-9, equal_nan=True)
@@ -79,9 +80,23 @@ def _columns(table: str, old: pd.DataFrame, new: pd.DataFrame) -> Iterator[dict[
         yield row | {"same": int(same.sum()), "within": int(within.sum()), "missed": missed, "verdict": word}
 
 
+# Threads are no key: how many a measurement has follows from the machine.
 _KEYS = ("sparsity", "seed", "severity", "epsilon", "beta", "r", "delta", "groups", "macs_share", "batch", "batch_size",
-         "image_size", "threads", "samples", "parents", "every")  # fmt: skip
+         "image_size", "samples", "parents", "every", "budget")  # fmt: skip
+_PLACE = "place among rows of the same keys"
 _TIME = re.compile(r"(^|_)(s|ms|seconds)(_|$)|^ratio$|^overhead$")
+
+
+def _in_words(name: str, values: pd.Series) -> bool:
+    """Whether a column of text says numbers, such as "85.9 [85.7, 86.1]": those of another table, and no keys."""
+    text = values.dropna().astype(str)
+    numeric = pd.api.types.is_numeric_dtype(values) or name in _KEYS or text.empty
+    return not numeric and text.str.match(r"\**[-+]?\d").all()
+
+
+def _place(frame: pd.DataFrame, keys: list[str]) -> pd.Series:
+    """The how-manieth of the rows that have the same keys each is."""
+    return frame.groupby(keys, dropna=False).cumcount() if keys else pd.Series(range(len(frame)), index=frame.index)
 
 
 def _within(both: pd.DataFrame, column: str, keys: list[str]) -> np.ndarray:

@@ -77,6 +77,16 @@ def test_what_is_gone_is_missing(tables) -> None:
     assert found.verdict.tolist() == ["missing"] * 3 and not holds(found)
 
 
+def test_numbers_in_words_are_no_keys_and_rows_of_the_same_keys_stay_in_order(tables) -> None:
+    def table(first: float, words: str) -> pd.DataFrame:
+        return pd.DataFrame({"budget": ["80% removed"] * 2, "method": "B25", "clean": words, "ece": [first, 0.5],
+                             "threads": [int(10 * first), 1]})  # fmt: skip
+
+    found = tables({"a": table(0.1, "85.9 [85.7, 86.1]")}, {"a": table(0.2, "86.0 [85.1, 86.9]")}).set_index("column")
+    assert found.verdict.to_dict() == {"ece": "differs, no interval", "threads": "differs, no interval"}
+    assert found.rows.tolist() == [2, 2] and found.same.tolist() == [1, 1]
+
+
 def test_elsewhere_changes_both_folders_and_puts_them_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GCNET_RUNS", "mine")
     monkeypatch.delenv("GCNET_RESULTS", raising=False)
