@@ -58,7 +58,7 @@ def _columns(table: str, old: pd.DataFrame, new: pd.DataFrame) -> Iterator[dict[
     keys = [name for name in old.columns if name in _KEYS or not pd.api.types.is_numeric_dtype(old[name])]
     keys = [name for name in keys if name not in ("verdict", "passes_signal") and not _in_words(name, old[name])]
     numbers = [n for n in old.columns if n not in keys and pd.api.types.is_numeric_dtype(old[n])]
-    for column in (n for n in numbers if n not in ("ci_low", "ci_high", "p", "p_holm") and not _TIME.search(n)):
+    for column in (n for n in numbers if n not in _LEFT_OUT and not _TIME.search(n)):
         row: dict[str, Any] = {"table": table, "column": column, "rows": len(old)}
         if column not in new or not set(keys) <= set(new.columns):
             yield row | {"missed": len(old), "verdict": "missing"}
@@ -80,7 +80,8 @@ def _columns(table: str, old: pd.DataFrame, new: pd.DataFrame) -> Iterator[dict[
         yield row | {"same": int(same.sum()), "within": int(within.sum()), "missed": missed, "verdict": word}
 
 
-# Threads are no key: how many a measurement has follows from the machine.
+# How many threads a measurement of time has follows from the machine.
+_LEFT_OUT = ("ci_low", "ci_high", "p", "p_holm", "threads")
 _KEYS = ("sparsity", "seed", "severity", "epsilon", "beta", "r", "delta", "groups", "macs_share", "batch", "batch_size",
          "image_size", "samples", "parents", "every", "budget")  # fmt: skip
 _PLACE = "place among rows of the same keys"
