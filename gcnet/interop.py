@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -42,14 +43,27 @@ def held_elsewhere(model: nn.Module) -> dict[str, str]:
     return found
 
 
+@torch.no_grad()
 def check_forward(module: nn.Module, layer: str) -> None:
     """Raises ValueError for a Conv2d or Linear of a class that computes something else than torch's own with its weight
     (weight standardisation, say): what is computed here from the weight would be another layer's output."""
-    kind = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Linear
-    same = type(module).forward is kind.forward
-    if kind is nn.Conv2d:
-        same &= type(module)._conv_forward is nn.Conv2d._conv_forward
-    if not same:
+    conv = isinstance(module, nn.Conv2d)
+    if type(module).forward is (nn.Conv2d if conv else nn.Linear).forward and (
+        not conv or type(module)._conv_forward is nn.Conv2d._conv_forward
+    ):
+        return
+    if conv:
+        spread = [d * (k - 1) + 3 for k, d in zip(module.kernel_size, module.dilation, strict=True)]
+        shape = (1, module.in_channels, *spread)
+    else:
+        shape = (2, module.in_features)
+    x = torch.arange(math.prod(shape), dtype=module.weight.dtype, device=module.weight.device).view(shape).cos()
+    if conv:
+        expected = nn.Conv2d._conv_forward(module, x, module.weight, module.bias)
+    else:
+        expected = nn.functional.linear(x, module.weight, module.bias)
+    found = module.forward(x)
+    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-3, atol=1e-4):
         raise ValueError(f"layer '{layer}' is a {type(module).__name__} with a forward of its own: not supported here")
 
 

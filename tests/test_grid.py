@@ -30,7 +30,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         rows.append((pruner, hybrid, similarity, 0.8, seed, shift, severity, accuracy))
     columns = ["pruner", "hybrid", "similarity", "sparsity", "seed", "shift", "severity", "accuracy"]
     pd.DataFrame(rows, columns=columns).to_csv(tables / "shift_accuracy.csv", index=False)
-    claims = pd.DataFrame({"claim": ["x", "x"], "statement": ["s", "s"], "verdict": ["supported", "contradicted"]})
+    verdicts = ["supported", "contradicted"]
+    claims = pd.DataFrame({"claim": ["x", "x"], "statement": ["s", "s"], "verdict": verdicts, "n": 3})
     claims.to_csv(tables / "claims.csv", index=False)
     return tmp_path
 
