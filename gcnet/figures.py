@@ -618,10 +618,6 @@ UNITS = (
     ("share of dense MACs", 100, "points of the dense network's multiply-accumulates"),
     ("MACs saved", 100, "points of multiply-accumulates"),
     ("sparsity at", 100, "points of sparsity"),
-    ("fall of CKA", 1, "CKA"),
-    ("share of kept weights", 100, "points of the kept weights"),
-    ("times as long", 1, "times as long"),
-    ("share of layers", 100, "% of layers"),
     ("", 100, "points of accuracy"),
 )
 

@@ -78,7 +78,7 @@ def answer() -> str:
     rows = []
     for what, study, claim, measure in TOLD:
         for file in sorted((paths.results(study) / "tables").glob("*claims.csv")):
-            told = pd.read_csv(file, keep_default_na=False, na_values={"p": "", "p_holm": ""})
+            told = _claims(file)
             told = told[(told.claim == claim) & told.measure.str.contains(measure, regex=False)]
             rows += [{"question": what, **_points(row)} for row in told.itertuples()]
     if not rows:
@@ -95,11 +95,16 @@ def answer() -> str:
     return "\n".join([_counted(), *parts])
 
 
+def _claims(file: Path) -> pd.DataFrame:
+    """A table of claims; what says nothing of pruner or collapse is ""."""
+    return pd.read_csv(file, keep_default_na=False, na_values={"p": "", "p_holm": ""})
+
+
 def _counted() -> str:
     """How often guidance of later layers is worse or better than direct pruning, over the studies that can tell."""
     tables = []
     for file in sorted(paths.results("").glob("*/tables/claims.csv")):
-        table = pd.read_csv(file, keep_default_na=False, na_values={"p": "", "p_holm": ""})
+        table = _claims(file)
         study = file.parent.parent.name
         if study not in ("smoke", "digits", COMPARISON):
             shifted = table.measure.str.startswith("accuracy under shift")
