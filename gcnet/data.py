@@ -296,6 +296,9 @@ DATASETS: dict[str, Reader] = {
     "tiny_imagenet": _tiny_imagenet,
 }
 
+# Data sets that are unpacked by hand, below the root: a folder that changes is decoded again.
+FOLDERS = {"cifar10-jpeg": "cifar10", "tiny_imagenet": "tiny-imagenet-200", "usps": "usps", "stl10_32": "stl10_32"}
+
 
 # --- loading --------------------------------------------------------------------------------------------------------
 
@@ -344,6 +347,12 @@ def _cached(cache: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
     return None
 
 
+def _changed(folder: Path) -> list[tuple[str, int]]:
+    """When files were last added to the folders of a data set (train/<class>/images), and its archives written."""
+    found = (folder, *(p for pattern in ("*", "*/*", "*/*/images") for p in folder.glob(pattern)))
+    return sorted((str(p.relative_to(folder)), p.stat().st_mtime_ns) for p in found if p.exists())
+
+
 def _load_parts(name: str, image_size: int, channels: int, root: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if name.startswith("image_folder:"):
         folder = paths.project() / Path(name.removeprefix("image_folder:")).expanduser()
@@ -353,7 +362,7 @@ def _load_parts(name: str, image_size: int, channels: int, root: Path) -> tuple[
         source = f"{folder.resolve()} {stats}"
     elif name in DATASETS:
         read = lambda: DATASETS[name](root)  # noqa: E731
-        source = f"{name}@{root.resolve()}"
+        source = f"{name}@{root.resolve()} {_changed(root / FOLDERS[name]) if name in FOLDERS else ''}"
     else:
         raise unknown("data set", name, [*DATASETS, "image_folder:PATH"])
     where = hashlib.sha256(source.encode()).hexdigest()[:8]

@@ -421,6 +421,18 @@ def test_labels_outside_the_classes_are_refused(label: int) -> None:
         load("usps", image_size=16, channels=1)
 
 
+@pytest.mark.parametrize("per_class", [4, 8])
+def test_images_unpacked_later_are_decoded(tmp_path: Path, per_class: int) -> None:
+    mine = folder_of(tmp_path / "cifar10", per_class=4)
+
+    def found() -> int:
+        return len(load("cifar10-jpeg", image_size=8, channels=1, val_share=0, root=tmp_path).test)
+
+    assert found() == 2
+    folder_of(mine, per_class=per_class)
+    assert found() == per_class // 2
+
+
 @pytest.mark.parametrize("damage", ["truncated", "another array"])
 def test_a_damaged_array_file_is_named(damage: str) -> None:
     usps([3, 1, 4])

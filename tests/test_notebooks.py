@@ -11,6 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from gcnet.cells import DATA
 from gcnet.study import Study
 
 FOLDER = Path(__file__).resolve().parent.parent
@@ -55,7 +56,16 @@ def test_the_parameters_cell_is_the_default_study(path: Path) -> None:
     assert Study.create(**assigned) == Study()
     own = {name for name in Study.model_fields if name.startswith(SYSTEM.get(path.name[:2], "-"))}
     gcnet = {n for n in Study.model_fields if not n.startswith(tuple(SYSTEM.values()))} if path.name < "06" else set()
-    assert set(assigned) >= (own | gcnet) - {"notebooks"}
+    assert set(assigned) >= ({"seeds", *DATA} | own | gcnet) - {"notebooks"}
+
+
+@pytest.mark.parametrize("path", STUDIED, ids=lambda path: path.stem)
+def test_no_cell_takes_the_name_of_a_parameter(path: Path) -> None:
+    """A cell that is run again reads the parameters again."""
+    for cell in nbformat.read(path, 4).cells:
+        if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", []):
+            names = [n for n in ast.walk(ast.parse(cell.source)) if isinstance(n, ast.Name)]
+            assert not {n.id for n in names if isinstance(n.ctx, ast.Store)} & set(Study.model_fields)
 
 
 def test_the_default_params_file_is_the_default_study() -> None:
