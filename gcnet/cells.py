@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -27,7 +27,8 @@ from gcnet.study import Study
 from gcnet.training import Normalize, Recipe, fast_bfloat16, pick_device, train
 
 # What a result depends on. A number is raised when the computation behind a kind changes its results.
-VERSIONS = {"dense": 1, "connectivity": 1, "cell": 1, "corrupted": 1, "shift": 1, "flops": 1, "drift": 1}
+VERSIONS = {"dense": 1, "connectivity": 1, "cell": 1, "corrupted": 1, "shift": 1, "flops": 1, "drift": 1,
+            "unshifted": 1}  # fmt: skip
 DATA = ("dataset", "image_size", "channels", "val_share", "split_seed", "train_images", "classes")
 NETWORK = ("network", "width")
 TRAINING = ("epochs", "batch_size", "lr", "schedule", "momentum", "weight_decay", "label_smoothing", "crop_padding",
@@ -400,52 +401,86 @@ def corrupted_images(study: Study, name: str, severity: int) -> Tensor:
     return torch.from_numpy(np.load(folder / "images.npy", mmap_mode="c"))
 
 
-def drift_rows(study: Study, seed: int, severity: int = 3) -> list[dict[str, Any]]:
+def drift_rows(study: Study, seed: int) -> list[dict[str, Any]]:
     """How far Pearson connectivity moves when it is measured on shifted instead of clean test images.
 
-    One row a shift and layer: distance = |P_shift - P_clean| / |P_clean| (Frobenius), rank_correlation = Spearman's
-    over the entries. Choice: the empirical companion to the paper's theory, whose statements are not at hand.
+    One row a shift and layer, at severity 3 where the study has it: distance = |P_shift - P_clean| / |P_clean|
+    (Frobenius), rank_correlation = Spearman's over the entries. Choice: the empirical companion to the paper's theory,
+    whose statements are not at hand.
     """
-    severity = severity if severity in study.severities else study.severities[-1]
+    severity = 3 if 3 in study.severities else study.severities[-1]
     inputs = {
         "version": VERSIONS["drift"],
         "corrupted": VERSIONS["corrupted"] if VERSIONS["corrupted"] > 1 else None,
-        "connectivity": VERSIONS["connectivity"] if VERSIONS["connectivity"] > 1 else None,
-        "dense": Store.key("dense", dense_inputs(study, seed)),
-        **study.only("split_seed", "shift_images", "severity_table"),
-        "tap": study.tap,
-        "residual": None if study.residual == "all" else study.residual,
+        **_drift_inputs(study, seed),
         "shifts": list(study.corruptions),
         "severity": severity,
         "source": "CIFAR-10-C" if _published_corruptions(study) else None,
     }
 
     def compute(folder: Path) -> None:
-        net, clean = dense(study, seed), shift_images(study)
-        layers = graph(study, net[1])
-
-        def measured(images: Tensor) -> dict[str, Tensor]:
-            shifted = data.Dataset(clean.name, images, clean.labels, clean.classes)
-            return connectivity(net[1], normalized_batches(net, shifted), tap=study.tap, graph=layers)
-
-        base, rows = measured(clean.images), []
-        for name in study.corruptions:
-            for layer, matrix in measured(corrupted_images(study, name, severity)).items():
-                distance = (matrix - base[layer]).norm() / base[layer].norm().clamp_min(1e-12)
-                ranks = spearman(base[layer].reshape(-1, 1), matrix.reshape(-1, 1)).item()
-                rows.append(
-                    {
-                        "seed": seed,
-                        "shift": name,
-                        "severity": severity,
-                        "layer": layer,
-                        "distance": distance.item(),
-                        "rank_correlation": ranks,
-                    }
-                )
-        write_json(folder / "drift.json", rows)
+        clean = shift_images(study)
+        shifted = (
+            (name, severity, replace(clean, images=corrupted_images(study, name, severity)))
+            for name in study.corruptions
+        )
+        write_json(folder / "drift.json", _drifted(study, seed, shifted))
 
     return read_json(Store().once("drift", inputs, compute) / "drift.json")
+
+
+def unshifted_rows(study: Study, seed: int) -> list[dict[str, Any]]:
+    """As `drift_rows`, for as many other test images, clean: what the choice of images alone moves. Severity 0.
+
+    No rows where `shift_images` is all or nearly all of the test set.
+    """
+    test, used = splits(study).test, len(shift_images(study))
+    if len(test) < 2 * used:
+        return []
+
+    def compute(folder: Path) -> None:
+        kept = data.stratified(test.labels, used, study.split_seed + 4)[0]  # without the images that are corrupted
+        others = test.take(kept[data.stratified(test.labels[kept], used, study.split_seed + 6)[1]])
+        write_json(folder / "drift.json", _drifted(study, seed, [(OTHERS, 0, others)]))
+
+    inputs = {"version": VERSIONS["unshifted"], **_drift_inputs(study, seed)}
+    return read_json(Store().once("unshifted", inputs, compute) / "drift.json")
+
+
+OTHERS = "other clean images"
+
+
+def _drift_inputs(study: Study, seed: int) -> dict[str, Any]:
+    return {
+        "connectivity": VERSIONS["connectivity"] if VERSIONS["connectivity"] > 1 else None,
+        "dense": Store.key("dense", dense_inputs(study, seed)),
+        **study.only("split_seed", "shift_images", "severity_table"),
+        "tap": study.tap,
+        "residual": None if study.residual == "all" else study.residual,
+    }
+
+
+def _drifted(study: Study, seed: int, sets: Iterable[tuple[str, int, data.Dataset]]) -> list[dict[str, Any]]:
+    """Rows of `drift_rows` for each (name, severity, images) against the clean images that are corrupted."""
+    net = dense(study, seed)
+    layers = graph(study, net[1])
+
+    def measured(images: data.Dataset) -> dict[str, Tensor]:
+        return connectivity(net[1], normalized_batches(net, images), tap=study.tap, graph=layers)
+
+    base = measured(shift_images(study))
+    return [
+        {
+            "seed": seed,
+            "shift": name,
+            "severity": severity,
+            "layer": layer,
+            "distance": ((matrix - base[layer]).norm() / base[layer].norm().clamp_min(1e-12)).item(),
+            "rank_correlation": spearman(base[layer].reshape(-1, 1), matrix.reshape(-1, 1)).item(),
+        }
+        for name, severity, images in sets
+        for layer, matrix in measured(images).items()
+    ]
 
 
 def shift_inputs(study: Study) -> dict[str, Any]:

@@ -13,7 +13,17 @@ import yaml
 
 from gcnet import paths
 from gcnet.cells import drift_rows
-from gcnet.evaluation import Interval, bootstrap, by_shift, holm, p_value, paired_differences, verdict
+from gcnet.evaluation import (
+    Interval,
+    bootstrap,
+    bootstrap_ranks,
+    by_shift,
+    holm,
+    holm_factors,
+    p_value,
+    paired_differences,
+    verdict,
+)
 from gcnet.study import Study
 
 COLUMNS = (
@@ -52,13 +62,14 @@ def claims_table(study: Study, shifts: pd.DataFrame, accuracy: pd.DataFrame) -> 
             continue
         for test in claim.get("comparisons", ()):
             for sparsity in (0.0,) if test["measure"].startswith("drift") else study.sparsities:
-                for pruner, values in _values(study, test, sparsity, shifts, accuracy):
-                    alike = test["measure"] in ("shifted", "clean") and not values.any()
+                for pruner, interval, alike in _measured(study, test, sparsity, shifts, accuracy):
+                    if pruner in claim.get("without", ()):
+                        continue
                     compared.append(
                         Comparison(
                             claim["id"],
                             _in_words(test),
-                            bootstrap(values),
+                            interval,
                             sparsity,
                             margin=test.get("margin", 0.0) - test.get("above", 0.0),
                             word=ALIKE if alike else "",
@@ -96,17 +107,18 @@ def judged(compared: Sequence[Comparison]) -> pd.DataFrame:
     verdict goes by it (choice). Raises KeyError for a claim that is not there.
     """
     known = {claim["id"]: claim for claim in load_claims()}
-    adjusted: dict[int, tuple[float, float]] = {}
+    adjusted: dict[int, tuple[float, float, float]] = {}
     for claim in dict.fromkeys(one.claim for one in compared):
         of_claim = [n for n, one in enumerate(compared) if one.claim == claim and not one.word]
         p = [p_value(compared[n].interval, compared[n].margin) for n in of_claim]
-        adjusted |= dict(zip(of_claim, zip(p, holm(p), strict=True), strict=True))
+        adjusted |= dict(zip(of_claim, zip(p, holm(p), holm_factors(p), strict=True), strict=True))
     rows = []
     for number, one in enumerate(compared):
-        alone, with_others = adjusted.get(number, (np.nan, np.nan))
+        alone, with_others, family = adjusted.get(number, (np.nan, np.nan, 1))
         found = one.interval
         # Shares, their differences and rank correlations lie within 1; what has one measurement has no interval.
         low, high = (max(found.low, -1.0), min(found.high, 1.0)) if found.n > 1 else (found.low, found.high)
+        word = one.word or verdict(found, margin=one.margin, smallest=one.smallest, p=with_others, comparisons=family)
         rows.append(
             {
                 "claim": one.claim,
@@ -117,7 +129,7 @@ def judged(compared: Sequence[Comparison]) -> pd.DataFrame:
                 "ci_low": low,
                 "ci_high": high,
                 "n": found.n,
-                "verdict": one.word or verdict(found, margin=one.margin, smallest=one.smallest, p=with_others),
+                "verdict": word,
                 "sparsity": one.sparsity,
                 "pruner": one.pruner,
                 "threshold": 0.0 - one.margin,
@@ -181,14 +193,17 @@ def every_verdict(folder: Path, left_out: Collection[str] = (), *, untested: boo
 # --- one comparison -------------------------------------------------------------------------------------------------
 
 
-def _values(
+def _measured(
     study: Study, test: Mapping[str, Any], sparsity: float, shifts: pd.DataFrame, accuracy: pd.DataFrame
-) -> Iterator[tuple[str, np.ndarray]]:
-    """(pruner, (seeds, shifts) paired differences) of a comparison; nothing where the study has no such cells."""
+) -> Iterator[tuple[str, Interval, bool]]:
+    """(pruner, interval over seeds and shifts, whether no image tells the sides apart) of a comparison.
+
+    Nothing where the study has no such cells.
+    """
     if test["measure"].startswith("drift"):
-        values = _drift(study, test, shifts)
-        if values is not None:
-            yield "", values
+        interval = _drift(study, test, shifts)
+        if interval is not None:
+            yield "", interval, False
         return
     if test["measure"] == "macs":
         dense = accuracy[accuracy.pruner == "none"].macs.iloc[0]
@@ -198,7 +213,8 @@ def _values(
         source = shifts[wanted].assign(value=lambda rows: rows.accuracy)
     difference = paired_differences(source[source.sparsity == sparsity], test["of"], test["against"], "value")
     for pruner, part in difference.groupby(level="pruner", sort=False):
-        yield pruner, by_shift(part.droplevel(["pruner", "sparsity"]))
+        values = by_shift(part.droplevel(["pruner", "sparsity"]))
+        yield pruner, bootstrap(values), test["measure"] != "macs" and not values.any()
 
 
 def _collapsed(test: Mapping[str, Any], sparsity: float, pruner: str, accuracy: pd.DataFrame) -> str:
@@ -214,23 +230,20 @@ def _collapsed(test: Mapping[str, Any], sparsity: float, pruner: str, accuracy: 
     return ", ".join(found)
 
 
-def _drift(study: Study, test: Mapping[str, Any], shifts: pd.DataFrame) -> np.ndarray | None:
-    """How connectivity measured on shifted images relates to that on clean ones, seeds outside, shifts inside."""
+def _drift(study: Study, test: Mapping[str, Any], shifts: pd.DataFrame) -> Interval | None:
+    """How connectivity measured on shifted images relates to that on clean ones, over seeds and shifts."""
     if not study.runs("02"):
         return None
     moved = pd.DataFrame([row for seed in study.seeds for row in drift_rows(study, seed)])
-    by_seed = moved.groupby(["seed", "shift"])[["distance", "rank_correlation"]].mean()
+    by_seed = moved.groupby(["seed", "shift"], sort=False)[["distance", "rank_correlation"]].mean().unstack("shift")
     if test["measure"] == "drift_rank":
-        return by_seed.rank_correlation.unstack("shift").to_numpy()
+        return bootstrap(by_seed.rank_correlation.to_numpy())
     dense = shifts[shifts.pruner == "none"]
     clean = dense[dense.severity == 0].set_index("seed").accuracy
-    shifted = dense[dense.severity == moved.severity.iloc[0]].set_index(["seed", "shift"]).accuracy
-    lost = clean.reindex(shifted.index, level="seed") - shifted
-    both = by_seed.join(lost.rename("lost"), how="inner")
-    if both.groupby("seed").size().min() < 3:
-        return None
-    of_seed = [part.distance.corr(part.lost, method="spearman") for _, part in both.groupby("seed")]
-    return np.nan_to_num(np.array(of_seed))[:, None]
+    shifted = dense[dense.severity == moved.severity.iloc[0]].pivot(index="seed", columns="shift", values="accuracy")
+    lost = -shifted.sub(clean, axis=0)
+    both = [shift for shift in by_seed.distance if shift in lost]
+    return bootstrap_ranks(by_seed.distance[both], lost.loc[by_seed.index, both]) if len(both) > 2 else None
 
 
 def _side(where: Mapping[str, Any]) -> str:

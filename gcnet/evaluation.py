@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from scipy.special import ndtri, stdtr, stdtrit
+from scipy.special import nctdtr, ndtri, stdtr, stdtrit
+from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from gcnet.cost import evaluation_mode
@@ -111,9 +112,10 @@ class Interval:
 
 
 def bootstrap(values: np.ndarray, *, level: float = 0.95, draws: int = 4000, seed: int = 0) -> Interval:
-    """Hierarchical bootstrap of a mean: seeds are drawn first, then the shifts within each drawn seed.
+    """Hierarchical bootstrap of a mean: seeds are drawn outside, shifts inside.
 
-    values: (seeds, shifts), paired differences or plain measures. Percentiles are taken further out so that few seeds
+    values: (seeds, shifts), paired differences or plain measures. Every seed meets the same shifts, so one draw of them
+    goes for all seeds of a draw: the interval speaks of other seeds and of other shifts like these. Percentiles are taken further out so that few seeds
     give an interval of honest width (Hesterberg 2015, "expanded percentile"): the plain bootstrap of n seeds is too
     narrow by sqrt((n - 1) / n) and ignores that the spread is estimated. With one seed the interval is (-inf, inf):
     nothing is known of other seeds. Choice.
@@ -121,21 +123,50 @@ def bootstrap(values: np.ndarray, *, level: float = 0.95, draws: int = 4000, see
     values = np.asarray(values, dtype=float)
     values = values[:, None] if values.ndim == 1 else values
     n, shifts = values.shape
-    estimate = float(values.mean())
     if n < 2:
-        return Interval(estimate, -math.inf, math.inf, n, math.nan)
+        return Interval(float(values.mean()), -math.inf, math.inf, n, math.nan)
+    rows, columns = _drawn(n, shifts, draws, seed)
+    means = values[rows, 0].mean(1) if shifts == 1 else values[rows[:, :, None], columns[:, None]].mean((1, 2))
+    return _expanded(values.mean(1), means, level)
+
+
+def bootstrap_ranks(x: np.ndarray, y: np.ndarray, *, level: float = 0.95, draws: int = 4000, seed: int = 0) -> Interval:
+    """Spearman's correlation of x and y over shifts, averaged over seeds, with an interval as of `bootstrap`.
+
+    x, y: (seeds, shifts). Seeds and shifts are both drawn, so few shifts make a wide interval however many seeds there
+    are. A seed or draw whose values are all equal counts as 0. Raises ValueError for fewer than 3 shifts.
+    """
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    n, shifts = x.shape
+    if shifts < 3:
+        raise ValueError(f"a rank correlation over shifts needs at least 3 of them, got {shifts}")
+
+    def ranked(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        a, b = (rankdata(v, axis=-1) for v in (a, b))
+        a, b = (v - v.mean(-1, keepdims=True) for v in (a, b))
+        return (a * b).sum(-1) / np.maximum(np.sqrt((a * a).sum(-1) * (b * b).sum(-1)), 1e-12)
+
+    of_seed = ranked(x, y)
+    if n < 2:
+        return Interval(float(of_seed.mean()), -math.inf, math.inf, n, math.nan)
+    rows, columns = _drawn(n, shifts, draws, seed)
+    chosen = rows[:, :, None], columns[:, None]
+    return _expanded(of_seed, ranked(x[chosen], y[chosen]).mean(1), level)
+
+
+def _drawn(n: int, shifts: int, draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of seeds (draws, n) and of shifts (draws, shifts)."""
     rng = np.random.default_rng(seed)
-    rows = rng.integers(n, size=(draws, n))
-    if shifts == 1:
-        means = values[rows, 0].mean(1)
-    else:
-        columns = rng.integers(shifts, size=(draws, n, shifts))
-        means = values[rows[:, :, None], columns].mean((1, 2))
-    tail = (1 - level) / 2
-    spread = float(values.mean(1).std(ddof=1))
+    return rng.integers(n, size=(draws, n)), rng.integers(shifts, size=(draws, shifts))
+
+
+def _expanded(of_seed: np.ndarray, drawn: np.ndarray, level: float) -> Interval:
+    """The interval of what was drawn around the mean over seeds, wider for few seeds."""
+    n, estimate, tail = len(of_seed), float(of_seed.mean()), (1 - level) / 2
     # How much wider a t interval is than a normal one with the plug-in spread that the bootstrap uses.
     widen = stdtrit(n - 1, 1 - tail) / ndtri(1 - tail) * math.sqrt(n / (n - 1))
-    low, high = np.quantile(means, [tail, 1 - tail])
+    low, high = np.quantile(drawn, [tail, 1 - tail])
+    spread = float(of_seed.std(ddof=1))
     return Interval(estimate, estimate - widen * (estimate - low), estimate + widen * (high - estimate), n, spread)
 
 
@@ -196,31 +227,50 @@ def p_value(interval: Interval, margin: float = 0.0) -> float:
 def holm(p_values: Sequence[float]) -> np.ndarray:
     """p values adjusted for how many there are, step down (Holm 1979): each <= 0.05 holds at 5 % for the family."""
     p = np.asarray(p_values, dtype=float)
-    order = np.argsort(p, kind="stable")
-    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    order, factor = np.argsort(p, kind="stable"), holm_factors(p)
     adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(stepped, 1)
+    adjusted[order] = np.minimum(np.maximum.accumulate((p * factor)[order]), 1)
     return adjusted
+
+
+def holm_factors(p_values: Sequence[float]) -> np.ndarray:
+    """What Holm multiplies each p with: how many comparisons are left when its turn comes, the smallest p first."""
+    p = np.asarray(p_values, dtype=float)
+    factor = np.empty(len(p))
+    factor[np.argsort(p, kind="stable")] = np.arange(len(p), 0, -1)
+    return factor
 
 
 MOST_SEEDS = 100  # beyond it the number of seeds that would tell is not named
 
 
-def seeds_needed(interval: Interval, smallest: float, margin: float = 0.0, power: float = 0.8) -> int:
-    """About how many seeds would tell such a difference (at least `smallest`) from -margin, at 5 % and `power`.
+def seeds_needed(
+    interval: Interval, smallest: float, margin: float = 0.0, *, power: float = 0.8, comparisons: float = 1
+) -> int:
+    """How many seeds a t test needs to tell such a difference from -margin, were it the true one, with its spread.
 
-    Takes the spread over at least two seeds.
+    smallest: a smaller difference is planned for as if it were this one. power: how often so many seeds would tell it.
+    comparisons: the test is at 5 % divided by it, see `holm_factors`. More than there are, `MOST_SEEDS` + 1 where that
+    many do not do. Takes the spread over at least two seeds. Choice.
     """
     size = max(abs(interval.estimate + margin), smallest)
-    return max(3, interval.n + 1, math.ceil(((ndtri(0.975) + ndtri(power)) * interval.spread / size) ** 2))
+    if interval.spread == 0:
+        return interval.n + 1
+    n = np.arange(interval.n + 1, MOST_SEEDS + 1)
+    found = 1 - nctdtr(n - 1, size * np.sqrt(n) / interval.spread, stdtrit(n - 1, 1 - 0.025 / comparisons))
+    enough = n[~(found < power)]  # a power that is not a number is that of a difference too large to compute one
+    return int(enough[0]) if len(enough) else max(MOST_SEEDS, interval.n) + 1
 
 
-def verdict(interval: Interval, *, margin: float = 0.0, smallest: float = 0.002, p: float = 0.0) -> str:
+def verdict(
+    interval: Interval, *, margin: float = 0.0, smallest: float = 0.002, p: float = 0.0, comparisons: float = 1
+) -> str:
     """'supported', 'contradicted' or 'inconclusive (...)' for the statement "the difference is above -margin".
 
     margin: 0 for "better than"; a tolerated loss for "at least as good as". smallest: a difference that would matter,
-    for the number of seeds that an inconclusive verdict names. All in fractions of accuracy. p: the p value adjusted
+    for the number of seeds that an inconclusive verdict names. All in the unit of the interval. p: the p value adjusted
     for the other comparisons of the table; above 0.05 the verdict is inconclusive wherever the interval lies.
+    comparisons: see `seeds_needed`.
     """
     if interval.low > -margin and p <= 0.05:
         return "supported"
@@ -228,8 +278,7 @@ def verdict(interval: Interval, *, margin: float = 0.0, smallest: float = 0.002,
         return "contradicted"
     if interval.n < 2:
         return "inconclusive (one seed)"
-    if not interval.low <= -margin <= interval.high:
-        return "inconclusive (among so many comparisons)"
-    needed = seeds_needed(interval, smallest, margin)
+    needed = seeds_needed(interval, smallest, margin, comparisons=comparisons)
     count = f"about {needed}" if needed <= MOST_SEEDS else f"over {MOST_SEEDS}"
-    return f"inconclusive (n too small: would need {count} seeds)"
+    why = "n too small" if interval.low <= -margin <= interval.high else "n too small for so many comparisons"
+    return f"inconclusive ({why}: would need {count} seeds)"

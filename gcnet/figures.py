@@ -261,8 +261,11 @@ def residual_join(parts: Mapping[str, Tensor], total: Tensor, child: str) -> Fig
     return figure
 
 
-def drift(table: pd.DataFrame, numbers: Mapping[str, int]) -> Figure:
-    """How far connectivity moves under each family of shifts: relative distance and rank correlation by layer."""
+def drift(table: pd.DataFrame, numbers: Mapping[str, int], others: pd.DataFrame | None = None) -> Figure:
+    """How far connectivity moves under each family of shifts: relative distance and rank correlation by layer.
+
+    others: the same of other clean images, a dotted line.
+    """
     rows = table.assign(family=table["shift"].map(FAMILIES), number=table.layer.map(numbers))
     figure, axes = plt.subplots(1, 2, figsize=(8.2, 3), sharex=True)
     for axis, (column, label) in zip(
@@ -272,6 +275,9 @@ def drift(table: pd.DataFrame, numbers: Mapping[str, int]) -> Figure:
                      err_kws={"alpha": 0.12}, ax=axis, legend=axis is axes[0])  # fmt: skip
         axis.set(xlabel="layer, in execution order", ylabel=label)
         whole_numbers(axis)
+        if others is not None and len(others):
+            chance = others.groupby(others.layer.map(numbers))[column].mean()
+            axis.plot(chance.index, chance, ":", color="0.3", label="other clean images")
     axes[0].legend(title=None, fontsize=8)
     axes[0].set_title(f"Connectivity on shifted against clean images (severity {rows.severity.iloc[0]}; band: range)")
     return figure

@@ -22,6 +22,7 @@ from gcnet.cells import (
     drift_rows,
     flops_rows,
     shift_rows,
+    unshifted_rows,
 )
 from gcnet.executors import default_jobs, open_executor
 from gcnet.store import looking, read_json
@@ -50,6 +51,7 @@ def run_flops(study: Study, of: tuple[int, str]) -> str:
 
 def run_drift(study: Study, seed: int) -> str:
     drift_rows(study, seed)
+    unshifted_rows(study, seed)
     return f"connectivity under shift, seed {seed}"
 
 

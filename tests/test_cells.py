@@ -32,6 +32,7 @@ from gcnet.cells import (
     recipe,
     shift_images,
     shift_rows,
+    unshifted_rows,
     splits,
 )
 from gcnet.connectivity import connectivity
@@ -203,6 +204,16 @@ def test_drift_is_the_relative_distance_of_connectivity() -> None:
     for row in rows:
         by_hand = np.linalg.norm(moved[row["layer"]] - clean[row["layer"]]) / np.linalg.norm(clean[row["layer"]])
         assert row["distance"] == pytest.approx(by_hand, rel=1e-3) and -1 <= row["rank_correlation"] <= 1
+
+
+@pytest.mark.usefixtures("store")
+def test_other_clean_images_tell_what_chance_moves() -> None:
+    rows, moved = unshifted_rows(STUDY, 0), drift_rows(STUDY, 0)
+    assert [row["layer"] for row in rows] == list(dict.fromkeys(row["layer"] for row in moved))
+    assert {(row["shift"], row["severity"]) for row in rows} == {("other clean images", 0)}
+    assert all(row["distance"] > 0 and row["rank_correlation"] < 1 for row in rows)
+    everything = STUDY.model_copy(update={"shift_images": 0})
+    assert unshifted_rows(everything, 0) == []  # there are no others
 
 
 @pytest.mark.usefixtures("store", "nothing_is_computed")

@@ -14,6 +14,7 @@ import yaml
 from gcnet import claims, paths
 from gcnet.claims import Comparison, claims_table, judged, load_claims, overall
 from gcnet.evaluation import Interval, bootstrap
+from gcnet.pruning import PRUNERS
 from gcnet.study import Study
 
 STUDY = Study.create(study="small", seeds=[0, 1, 2, 3], sparsities=[0.8], notebooks=["05"])
@@ -129,41 +130,60 @@ def test_a_claim_is_as_strong_as_its_weakest_comparison() -> None:
     assert overall(pd.DataFrame(columns=list(claims.COLUMNS))).empty
 
 
+MOVED = {shift: 0.1 * k for k, shift in enumerate(("fog", "snow", "frost", "contrast", "pixelate", "glass_blur"), 1)}
+
+
 def drifting(study: Study, seed: int) -> list[dict]:
-    """Fog moves connectivity little, snow more, frost most."""
-    moved = {"fog": 0.1, "snow": 0.2, "frost": 0.4}
+    """Fog moves connectivity least, glass blur most."""
     return [
         {"seed": seed, "shift": shift, "severity": 1, "layer": layer, "distance": d, "rank_correlation": 1 - d / 10}
-        for (shift, d), layer in itertools.product(moved.items(), ("a", "b"))
+        for (shift, d), layer in itertools.product(MOVED.items(), ("a", "b"))
     ]
 
 
 def test_drift_of_connectivity_and_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims, "drift_rows", drifting)
     study = STUDY.model_copy(update={"notebooks": ("02", "05")})
-    lost = {"clean": 0.0, "fog": 0.02, "snow": 0.1, "frost": 0.3}
-    dense = pd.DataFrame(
-        [{"pruner": "none", "seed": seed, "shift": shift, "severity": int(shift != "clean"), "accuracy": 0.9 - loss}
-         for seed, (shift, loss) in itertools.product(STUDY.seeds, lost.items())]
-    )  # fmt: skip
-    tests = [{"measure": "drift_rank", "above": 0.9}, {"measure": "drift_rank", "above": 0.99}]
+
+    def dense(names: list[str]) -> pd.DataFrame:
+        """What is lost grows with what moves."""
+        lost = {"clean": 0.0, **{name: MOVED[name] ** 2 for name in names}}
+        return pd.DataFrame(
+            [{"pruner": "none", "seed": seed, "shift": shift, "severity": int(shift != "clean"), "accuracy": 0.9 - loss}
+             for seed, (shift, loss) in itertools.product(STUDY.seeds, lost.items())]
+        )  # fmt: skip
+
+    tests = [{"measure": "drift_rank", "above": 0.9}, {"measure": "drift_rank", "above": 0.995}]
     tests.append({"measure": "drift_accuracy"})
     claim = {"id": "a", "source": "s", "statement": "t", "comparisons": tests}
     monkeypatch.setattr(claims, "load_claims", lambda: [claim])
-    found = claims_table(study, dense, accuracy())
-    assert found.estimate.tolist() == pytest.approx([1 - 0.7 / 3 / 10, 1 - 0.7 / 3 / 10, 1.0])
+    found = claims_table(study, dense(list(MOVED)), accuracy())
+    assert found.estimate.tolist() == pytest.approx([1 - 0.035, 1 - 0.035, 1.0])
     assert found.verdict[0] == found.verdict[2] == "supported" and found.verdict[1] == "contradicted"
-    assert claims_table(STUDY, dense, accuracy()).empty  # which does not run the notebook that measures drift
+    few = claims_table(study, dense(["fog", "snow", "frost"]), accuracy())
+    assert few.estimate[2] == pytest.approx(1.0) and few.verdict[2].startswith(
+        "inconclusive"
+    )  # three shifts say little
+    assert len(claims_table(study, dense(["fog", "snow"]), accuracy())) == 2
+    assert claims_table(STUDY, dense(list(MOVED)), accuracy()).empty  # which does not run the notebook of drift
+
+
+def test_pruners_that_decide_nothing_are_left_out(judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = pd.concat([shifts(), shifts().assign(pruner="random")])
+    monkeypatch.setattr(sys.modules[__name__], "shifts", lambda: both)
+    assert judge(against_direct("B25")).pruner.tolist() == ["l1", "random"]
+    assert judge(against_direct("B25"), without=["random"]).pruner.tolist() == ["l1"]
 
 
 def test_the_projects_claims_are_well_formed() -> None:
     found = load_claims()
     assert len({claim["id"] for claim in found}) == len(found) >= 6
     for claim in found:
-        assert set(claim) <= {"id", "source", "statement", "comparisons", "studies", "notebook"}
+        assert set(claim) <= {"id", "source", "statement", "comparisons", "studies", "notebook", "without"}
         assert ("comparisons" in claim) != ("notebook" in claim)
         for test in claim.get("comparisons", ()):
             assert test["measure"] in claims._MEASURES
+            assert set(claim.get("without", ())) <= set(PRUNERS)
             assert test["measure"].startswith("drift") or {"of", "against"} <= set(test)
 
 

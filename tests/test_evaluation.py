@@ -18,6 +18,7 @@ from gcnet.evaluation import (
     Interval,
     accuracy,
     bootstrap,
+    bootstrap_ranks,
     by_shift,
     calibration_error,
     evaluate,
@@ -210,6 +211,29 @@ def test_the_interval_of_a_few_seeds_covers_the_truth() -> None:
     assert 0.88 <= hits / 200 <= 1.0
 
 
+def test_the_interval_covers_other_shifts_that_all_seeds_would_meet() -> None:
+    """A shift that is hard for one seed is hard for all: drawing shifts apart for each seed would hide that."""
+    hits = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        values = 0.3 + 0.2 * rng.normal(size=(5, 1)) + rng.normal(size=(1, 15)) + 0.2 * rng.normal(size=(5, 15))
+        found = bootstrap(values, draws=400)
+        hits += found.low <= 0.3 <= found.high
+    assert hits / 200 >= 0.93
+
+
+def test_the_interval_of_a_rank_correlation_is_that_of_few_shifts_however_many_seeds() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 1, 15)) + 0.1 * rng.normal(size=(2, 30, 15))
+    found = bootstrap_ranks(x, y)
+    assert found.estimate == pytest.approx(np.mean([scipy.stats.spearmanr(*pair).statistic for pair in zip(x, y)]))
+    assert found.n == 30 and 0.7 < found.high - found.low < 1.4  # Fisher: 1.0 for 15 shifts
+    assert bootstrap_ranks(x, x).estimate == pytest.approx(1) and bootstrap_ranks(x, np.ones((30, 15))).estimate == 0
+    assert bootstrap_ranks(x[:1], y[:1]).low == -math.inf
+    with pytest.raises(ValueError, match="at least 3 of them, got 2"):
+        bootstrap_ranks(x[:, :2], y[:, :2])
+
+
 def shift_table(values: dict[tuple[str, int, str, int], float]) -> pd.DataFrame:
     return pd.DataFrame(
         [
@@ -253,11 +277,20 @@ def test_verdicts(low: float, high: float, margin: float, word: str) -> None:
     assert verdict(Interval(estimate, low, high, n, spread), margin=margin).startswith(word)
 
 
-def test_seeds_that_would_be_needed() -> None:
-    """(1.960 + 0.842)^2 (0.01 / 0.005)^2 = 31.4"""
-    assert seeds_needed(Interval(0.005, -1, 1, 3, 0.01), 0.002) == 32
-    assert seeds_needed(Interval(0.0, -1, 1, 3, 0.01), 0.01) == 8
-    assert seeds_needed(Interval(1.0, -1, 1, 6, 0.01), 0.01) == 7  # more than there are
+@pytest.mark.parametrize(("difference", "comparisons", "needed"), [(1.0, 1, 10), (1.0, 12, 18), (2.0, 1, 5)])
+def test_seeds_that_would_be_needed_have_that_power(difference: float, comparisons: int, needed: int) -> None:
+    assert seeds_needed(Interval(difference, -9, 9, 2, 1.0), 0.002, comparisons=comparisons) == needed
+    rng = np.random.default_rng(0)
+    p = scipy.stats.ttest_1samp(rng.normal(difference, 1, (4000, needed)), 0, axis=1).pvalue
+    assert 0.78 < (p < 0.05 / comparisons).mean() < 0.93
+    fewer = scipy.stats.ttest_1samp(rng.normal(difference, 1, (4000, needed - 1)), 0, axis=1).pvalue
+    assert (fewer < 0.05 / comparisons).mean() < 0.82
+
+
+def test_seeds_that_would_be_needed_are_more_than_there_are() -> None:
+    assert seeds_needed(Interval(1.0, -1, 1, 6, 0.01), 0.01) == 7
+    assert seeds_needed(Interval(0.0, -1, 1, 6, 0.0), 0.01) == 7
+    assert seeds_needed(Interval(0.0, -1, 1, 3, 0.01), 0.01) == seeds_needed(Interval(0.01, -1, 1, 3, 0.01), 0.001)
     assert verdict(Interval(0.0, -1, 1, 3, 0.01)) == "inconclusive (n too small: would need over 100 seeds)"
     assert verdict(bootstrap(np.array([0.1]))) == "inconclusive (one seed)"
 
@@ -314,7 +347,9 @@ def test_only_seeds_and_shifts_are_a_sample() -> None:
 def test_a_verdict_goes_by_the_adjusted_p() -> None:
     clear = Interval(0.03, 0.01, 0.05, 4, 0.01)
     assert verdict(clear, p=0.04) == "supported"
-    assert verdict(clear, p=0.06).startswith("inconclusive (among so many comparisons")
+    few, many = (verdict(clear, p=0.06, comparisons=count) for count in (1, 1e6))
+    assert few == "inconclusive (n too small for so many comparisons: would need about 5 seeds)"
+    assert many.startswith("inconclusive (n too small for so many comparisons: would need about 1")
 
 
 def test_seeds_needed_count_the_distance_to_the_margin() -> None:
