@@ -208,7 +208,7 @@ def _verify(options: argparse.Namespace) -> int:
                 print(f"{stage}: running", flush=True)
                 run.run_notebook(run.find_notebook(Path(stage)), study)
         found = verify.compare(committed, paths.results(study.study) / "tables")
-    print(found.to_string(index=False))
+    print(found[list(verify.COLUMNS)].to_string(index=False))
     held = verify.holds(found)
     counts = ", ".join(f"{count} {word}" for word, count in found.verdict.value_counts().items())
     print(f"study {study.study}: {'holds' if held else 'does not hold'} ({counts})")

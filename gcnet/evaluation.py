@@ -115,10 +115,10 @@ def bootstrap(values: np.ndarray, *, level: float = 0.95, draws: int = 4000, see
     """Hierarchical bootstrap of a mean: seeds are drawn outside, shifts inside.
 
     values: (seeds, shifts), paired differences or plain measures. Every seed meets the same shifts, so one draw of them
-    goes for all seeds of a draw: the interval speaks of other seeds and of other shifts like these. Percentiles are taken further out so that few seeds
-    give an interval of honest width (Hesterberg 2015, "expanded percentile"): the plain bootstrap of n seeds is too
-    narrow by sqrt((n - 1) / n) and ignores that the spread is estimated. With one seed the interval is (-inf, inf):
-    nothing is known of other seeds. Choice.
+    goes for all seeds of a draw: the interval speaks of other seeds and of other shifts like these. Percentiles are
+    taken further out so that few seeds give an interval of honest width (Hesterberg 2015, "expanded percentile"): the
+    plain bootstrap of n seeds is too narrow by sqrt((n - 1) / n) and ignores that the spread is estimated. With one
+    seed the interval is (-inf, inf): nothing is known of other seeds. Choice.
     """
     values = np.asarray(values, dtype=float)
     values = values[:, None] if values.ndim == 1 else values

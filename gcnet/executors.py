@@ -9,11 +9,14 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import queue
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,7 +62,7 @@ def open_executor(
         raise ValueError(f"executor '{kind}' takes no address, got '{address}'")
     with contextlib.ExitStack() as stack:
         if kind == "local":
-            executor: Executor = pool(jobs)
+            executor: Executor = Pool(jobs)
         elif kind == "dask":
             executor = stack.enter_context(_dask(jobs, address))
         else:
@@ -88,8 +91,74 @@ def _start_worker(threads: int, parent: int) -> None:
     threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
-def pool(jobs: int) -> ProcessPoolExecutor:
-    """Worker processes that share the machine's cores evenly."""
+class Pool(Executor):
+    """Worker processes that share the machine's cores evenly.
+
+    Where one dies (out of memory, mostly), the tasks that were running fail with BrokenProcessPool and the others go on
+    in half as many processes, so that a task that is tried again has more of the machine to itself.
+    """
+
+    def __init__(self, jobs: int) -> None:
+        self.jobs, self.running, self.closed = jobs, 0, False
+        self.queue: deque[tuple[Future, Callable[[], Future]]] = deque()
+        self.lock = threading.RLock()
+        self.breaks_left = 2 + 2 * jobs
+        self.processes = _processes(jobs)
+
+    def submit(self, task: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+        future: Future = Future()
+        with self.lock:
+            if self.closed:
+                raise RuntimeError("the executor was shut down")
+            self.queue.append((future, lambda: self.processes.submit(task, *args, **kwargs)))
+        self._feed()
+        return future
+
+    def _feed(self) -> None:
+        """Hand out as many tasks as there are processes: those that wait do not break with a process."""
+        with self.lock:
+            while self.queue and self.running < self.jobs:
+                future, start = self.queue.popleft()
+                if not future.set_running_or_notify_cancel():
+                    continue
+                try:
+                    started = start()
+                except BrokenExecutor as error:
+                    self._reopen(self.processes)
+                    future.set_exception(error)
+                    continue
+                self.running += 1
+                started.add_done_callback(partial(self._done, future, self.processes))
+
+    def _done(self, future: Future, processes: ProcessPoolExecutor, finished: Future) -> None:
+        with self.lock:
+            self.running -= 1
+            if isinstance(finished.exception(), BrokenExecutor) and not self.closed:
+                self._reopen(processes)
+        if error := finished.exception():
+            future.set_exception(error)
+        else:
+            future.set_result(finished.result())
+        self._feed()
+
+    def _reopen(self, broken: ProcessPoolExecutor) -> None:
+        if broken is self.processes and self.breaks_left:  # else another task has seen to it, or nothing starts at all
+            self.breaks_left -= 1
+            self.jobs = max(1, self.jobs // 2)
+            self.processes = _processes(self.jobs)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        while wait and not cancel_futures and (self.queue or self.running):
+            time.sleep(0.01)
+        with self.lock:
+            self.closed = True
+            queued, self.queue = self.queue, deque()
+        for future, _ in queued:
+            future.cancel()
+        self.processes.shutdown(wait, cancel_futures=cancel_futures)
+
+
+def _processes(jobs: int) -> ProcessPoolExecutor:
     threads = max(1, cores() // jobs)
     context = multiprocessing.get_context("spawn")  # fork and OpenMP threads do not go together
     return ProcessPoolExecutor(jobs, context, initializer=_start_worker, initargs=(threads, os.getpid()))
@@ -123,16 +192,35 @@ class _Placed(Executor):
         self.executor.shutdown(wait=not cancel_futures and wait)
 
 
+def _connected(address: str) -> Any:
+    """A client of the scheduler at an address. Its own timeout does not hold where something else listens there."""
+    from dask.distributed import Client
+
+    answer: queue.Queue[Any] = queue.Queue()
+
+    def connect() -> None:
+        try:
+            answer.put(Client(address, timeout=_PATIENCE, set_as_default=False))
+        except Exception as error:  # a web server's greeting is read as the size of a message: out of memory
+            answer.put(error)
+
+    threading.Thread(target=connect, daemon=True).start()
+    try:
+        found = answer.get(timeout=_PATIENCE)
+    except queue.Empty:
+        found = TimeoutError(f"no word of it in {_PATIENCE} seconds")
+    if isinstance(found, Exception):
+        raise ConnectionError(f"no Dask scheduler answers at '{address}': {found}") from None
+    return found
+
+
 @contextlib.contextmanager
 def _dask(jobs: int, address: str) -> Iterator[Executor]:
     from dask.distributed import Client, LocalCluster
 
     with contextlib.ExitStack() as stack:
         if address:
-            try:
-                client = stack.enter_context(Client(address, timeout=_PATIENCE, set_as_default=False))
-            except (OSError, ValueError) as error:
-                raise ConnectionError(f"no Dask scheduler answers at '{address}': {error}") from None
+            client = stack.enter_context(_connected(address))
         else:
             cluster = stack.enter_context(LocalCluster(n_workers=jobs, threads_per_worker=1, dashboard_address=None))
             client = stack.enter_context(Client(cluster, set_as_default=False))

@@ -32,8 +32,8 @@ from gcnet.cells import (
     recipe,
     shift_images,
     shift_rows,
-    unshifted_rows,
     splits,
+    unshifted_rows,
 )
 from gcnet.connectivity import connectivity
 from gcnet.cost import macs

@@ -226,7 +226,9 @@ def test_the_interval_of_a_rank_correlation_is_that_of_few_shifts_however_many_s
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(2, 1, 15)) + 0.1 * rng.normal(size=(2, 30, 15))
     found = bootstrap_ranks(x, y)
-    assert found.estimate == pytest.approx(np.mean([scipy.stats.spearmanr(*pair).statistic for pair in zip(x, y)]))
+    assert found.estimate == pytest.approx(
+        np.mean([scipy.stats.spearmanr(*pair).statistic for pair in zip(x, y, strict=True)])
+    )
     assert found.n == 30 and 0.7 < found.high - found.low < 1.4  # Fisher: 1.0 for 15 shifts
     assert bootstrap_ranks(x, x).estimate == pytest.approx(1) and bootstrap_ranks(x, np.ones((30, 15))).estimate == 0
     assert bootstrap_ranks(x[:1], y[:1]).low == -math.inf

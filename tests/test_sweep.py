@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -13,10 +15,10 @@ from typing import Any
 import pytest
 
 from gcnet import cells as stages
-from gcnet import paths
+from gcnet import executors, paths
 from gcnet import sweep as sweeping
 from gcnet.cells import Cell, cell_result, cells, shift_rows
-from gcnet.executors import pool
+from gcnet.executors import Pool
 from gcnet.study import Study
 from gcnet.sweep import sweep
 
@@ -137,26 +139,31 @@ def test_a_stage_that_fails_does_not_stop_the_next(monkeypatch: pytest.MonkeyPat
     assert [(row["stage"], row["task"]) for row in reported] == [("corruptions", "contrast")]
 
 
-@pytest.mark.usefixtures("store", "anew")
-def test_a_pool_whose_worker_was_killed_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a process pool does when the system kills a worker: the task fails, and so does every further submit."""
+def _dies(folder: Path, number: int) -> str:
+    """As where the system ends a process that wants more memory than there is."""
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    (folder / str(number)).touch()
+    return str(number)
 
-    class Killed(Here):
-        broken = False
 
-        def submit(self, task: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
-            if self.broken:
-                raise BrokenProcessPool("a child process terminated abruptly")
-            if args[1] == cells(STUDY)[2]:
-                self.broken = True
-                future: Future = Future()
-                future.set_exception(BrokenProcessPool("a process in the pool was terminated abruptly"))
-                return future
-            return super().submit(task, *args, **kwargs)
+def test_a_worker_that_is_killed_takes_its_own_task_with_it_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeping, "entries", lambda task: (set(), False))
+    with Pool(2) as executor:
+        tasks = [(_dies, tmp_path, number) for number in range(8)]
+        reported = sweeping.run_stage(tasks, executor, "cells")  # type: ignore[arg-type]
+    assert [row["task"] for row in reported] == ["3"] and "terminated abruptly" in reported[0]["error"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [str(k) for k in range(8) if k != 3]
+    assert executor.jobs == 1  # what is left goes on in one process
 
-    reported = sweep(STUDY, Killed())
-    assert {row["task"] for row in reported} >= {str(cell) for cell in cells(STUDY)[2:]}
-    assert all("terminated abruptly" in row["error"] for row in reported)
+
+def test_a_pool_of_which_no_process_starts_fails_its_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executors, "_start_worker", os._exit)
+    with Pool(2) as executor:
+        futures = [executor.submit(str, number) for number in range(12)]
+        assert all(isinstance(future.exception(timeout=120), BrokenProcessPool) for future in futures)
 
 
 def _where(number: int) -> tuple[int, int]:
@@ -166,9 +173,7 @@ def _where(number: int) -> tuple[int, int]:
 
 
 def test_the_pool_shares_the_cores() -> None:
-    import os
-
-    with pool(2) as workers:
+    with Pool(2) as workers:
         found = list(workers.map(_where, range(3)))
     assert found == [(number, max(1, len(os.sched_getaffinity(0)) // 2)) for number in range(3)]
 

@@ -55,19 +55,60 @@ def test_one_seed_has_no_interval(tables) -> None:
     assert found.verdict.tolist() == ["differs"] and not holds(found)
 
 
+def claims(estimate: float, verdict: str = "supported", n: int = 3, low: float = 0.01) -> pd.DataFrame:
+    return pd.DataFrame({"claim": ["a"], "estimate": estimate, "ci_low": low, "ci_high": 0.05, "n": n,
+                         "verdict": verdict, "p": 0.01})  # fmt: skip
+
+
 def test_claims_are_judged_by_their_own_interval(tables) -> None:
-    def claim(estimate: float) -> pd.DataFrame:
-        return pd.DataFrame({"claim": ["a"], "estimate": estimate, "ci_low": [0.01], "ci_high": [0.05], "n": [3]})
+    found = tables({"claims": claims(0.03)}, {"claims": claims(0.045)}).set_index("column").verdict
+    assert found.to_dict() == {
+        "estimate": "within the interval", "ci_low": "same", "ci_high": "same", "n": "same", "verdict": "same",
+    }  # fmt: skip
 
-    found = tables({"claims": claim(0.03)}, {"claims": claim(0.045)}).set_index("column").verdict
-    assert found.to_dict() == {"estimate": "within the interval", "n": "same"}
+
+@pytest.mark.parametrize(
+    ("old", "new", "word", "held"),
+    [
+        ("supported", "supported (x)", "same", True),
+        ("supported", "inconclusive (n too small)", "changed", True),
+        ("supported", "contradicted", "differs", False),
+    ],
+)
+def test_a_verdict_that_turns_does_not_hold(tables, old: str, new: str, word: str, held: bool) -> None:
+    found = tables({"claims": claims(0.03, old)}, {"claims": claims(0.045, new)})
+    assert found.set_index("column").verdict["verdict"] == word and holds(found) == held
 
 
-def test_a_number_without_repetitions_is_said_but_does_not_fail(tables) -> None:
+def test_a_claim_of_one_measurement_is_left_out(tables) -> None:
+    assert tables({"claims": claims(20.0, n=1)}, {"claims": claims(1.0, "contradicted", n=1)}).rows.tolist() == [0] * 5
+
+
+@pytest.mark.parametrize(
+    ("new", "word"),
+    [([0.1, 0.2, 0.3], "same"), ([0.11, 0.19, 0.31], "near"), ([0.4, 0.7, 1.0], "differs"), ([0.0] * 3, "differs")],
+)
+def test_numbers_without_seeds_have_to_stay_near(tables, new: list[float], word: str) -> None:
+    layers = ["a", "b", "c"]
     found = tables(
-        {"c": pd.DataFrame({"layer": ["a"], "std": [0.3]})}, {"c": pd.DataFrame({"layer": ["a"], "std": 0.4})}
+        {"connectivity": pd.DataFrame({"layer": layers, "strength": [0.1, 0.2, 0.3]})},
+        {"connectivity": pd.DataFrame({"layer": layers, "strength": new})},
     )
-    assert found.verdict.tolist() == ["differs, no interval"] and holds(found)
+    assert found.verdict.tolist() == [word] and holds(found) == (word != "differs")
+
+
+def test_what_follows_from_the_same_measurements_has_to_be_the_same(tables) -> None:
+    same = accuracy(0.7, 0.72, 0.74)
+    found = tables(
+        {"accuracy": same, "claims": claims(0.03)}, {"accuracy": same, "claims": claims(0.03, low=0.0101)}
+    ).set_index("column")
+    assert found.verdict["ci_low"] == "near" and not holds(found)
+
+
+def test_an_interval_of_another_width_is_seen(tables) -> None:
+    old, new = accuracy(0.7, 0.72, 0.74), accuracy(0.7, 0.73, 0.735)
+    found = tables({"accuracy": old, "claims": claims(0.03)}, {"accuracy": new, "claims": claims(0.03, low=-0.8)})
+    assert found.set_index("column").verdict["ci_low"] == "differs" and not holds(found)
 
 
 def test_what_is_gone_is_missing(tables) -> None:
@@ -83,7 +124,7 @@ def test_numbers_in_words_are_no_keys_and_rows_of_the_same_keys_stay_in_order(ta
                              "threads": [int(10 * first), 1]})  # fmt: skip
 
     found = tables({"a": table(0.1, "85.9 [85.7, 86.1]")}, {"a": table(0.2, "86.0 [85.1, 86.9]")}).set_index("column")
-    assert found.verdict.to_dict() == {"ece": "differs, no interval"}  # the second row is the same
+    assert found.verdict.to_dict() == {"ece": "near"}  # the second row is the same
     assert found.rows.tolist() == [2] and found.same.tolist() == [1]
 
 
