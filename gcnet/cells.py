@@ -20,7 +20,7 @@ from gcnet.cost import macs
 from gcnet.evaluation import score
 from gcnet.graph import LayerGraph, layer_graph
 from gcnet.hybrid import HYBRIDS, hybrid_masks, passes_signal
-from gcnet.pruning import Masks, apply_masks, collapsed_layers, summary
+from gcnet.pruning import Masks, apply_masks, collapsed_layers, prunable_layers, summary
 from gcnet.shifts import NATURAL_SHIFTS, corrupt, load_cifar_c
 from gcnet.store import Store, atomic_write, read_json, write_json
 from gcnet.study import Study
@@ -28,7 +28,7 @@ from gcnet.training import Normalize, Recipe, fast_bfloat16, pick_device, train
 
 # What a result depends on. A number is raised when the computation behind a kind changes its results.
 VERSIONS = {"dense": 1, "connectivity": 1, "cell": 1, "corrupted": 1, "shift": 1, "flops": 1, "drift": 1,
-            "unshifted": 1}  # fmt: skip
+            "unshifted": 1, "dense_facts": 1}  # fmt: skip
 DATA = ("dataset", "image_size", "channels", "val_share", "split_seed", "train_images", "classes")
 NETWORK = ("network", "width")
 TRAINING = ("epochs", "batch_size", "lr", "schedule", "momentum", "weight_decay", "label_smoothing", "crop_padding",
@@ -99,21 +99,52 @@ def dense_folder(study: Study, seed: int, on_epoch: Callable[[dict[str, float]],
     return Store().once("dense", dense_inputs(study, seed), compute)
 
 
-def save_model(model: nn.Module, folder: Path) -> None:
-    """Write the state of a network (without its normalisation) to `model.safetensors`."""
-    save_file({k: v.cpu().contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+def save_model(model: nn.Module, folder: Path, name: str = "model.safetensors", masks: Masks | None = None) -> None:
+    """Write the state of a network (without its normalisation); of the weights that have masks only what is kept."""
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    state |= {name: state[name][mask.cpu()] for name, mask in (masks or {}).items()}
+    save_file(state, folder / name)
 
 
 def loaded(study: Study, seed: int, folder: Path) -> nn.Sequential:
-    """The network that `save_model` wrote, behind its normalisation, in eval mode on the study's device."""
+    """The network that `save_model` wrote, behind its normalisation, in eval mode on the study's device.
+
+    Weights of which only the kept ones were written are put where the masks in the same folder say.
+    """
     net = network(study, seed)
-    net[1].load_state_dict(load_file(folder / "model.safetensors"))
+    state, shapes = load_file(folder / "model.safetensors"), {n: p.shape for n, p in net[1].named_parameters()}
+    if any(state[name].shape != shape for name, shape in shapes.items()):
+        for name, mask in Masks.load(folder / "masks.safetensors").items():
+            state[name] = torch.zeros(shapes[name]).masked_scatter(mask, state[name])
+    net[1].load_state_dict(state)
     return net.to(pick_device(study.device)).eval()
 
 
 def dense(study: Study, seed: int) -> nn.Sequential:
     """The trained dense network of a seed, behind its normalisation, in eval mode on the study's device."""
     return loaded(study, seed, dense_folder(study, seed))
+
+
+def dense_facts(study: Study, seed: int) -> dict[str, Any]:
+    """weights, macs and val_accuracy (None without validation images) of a dense network."""
+
+    def compute(folder: Path) -> None:
+        net = dense(study, seed)
+        facts = {
+            "weights": sum(net[1].get_submodule(name).weight.numel() for name in prunable_layers(net[1])),
+            "macs": macs(net[1], example_input(study)),
+            "val_accuracy": val_accuracy(study, net),
+        }
+        write_json(folder / "dense.json", facts)
+
+    inputs = {"version": VERSIONS["dense_facts"], "dense": Store.key("dense", dense_inputs(study, seed))}
+    return read_json(Store().once("dense_facts", inputs, compute) / "dense.json")
+
+
+def val_accuracy(study: Study, net: nn.Module) -> float | None:
+    """Accuracy on the validation images; None where the study has none."""
+    val = splits(study).val
+    return score(net, val, precision=precision(study))["accuracy"] if len(val) else None
 
 
 def example_input(study: Study) -> Tensor:
@@ -202,11 +233,16 @@ class Cell:
         return asdict(self)
 
 
+def dense_cell(seed: int) -> Cell:
+    """The dense network of a seed."""
+    return Cell("none", "none", "none", 0.0, seed)
+
+
 def cells(study: Study) -> list[Cell]:
     """Every cell of a study: per seed the dense network, then direct and guided pruning at each sparsity."""
     found = []
     for seed in study.seeds:
-        found.append(Cell("none", "none", "none", 0.0, seed))
+        found.append(dense_cell(seed))
         for sparsity in study.sparsities:
             for pruner in study.pruners:
                 found.append(Cell(pruner, "direct", "none", sparsity, seed))
@@ -245,6 +281,23 @@ def cell_inputs(study: Study, cell: Cell) -> dict[str, Any]:
     }
 
 
+def fine_tuned(
+    study: Study, net: nn.Sequential, folder: Path, *, seed: int, epochs: int, lr: float, masks: Masks | None = None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Scores on the test images before and after `net` is fine-tuned in place; masks are applied to `net[1]` and held.
+
+    By the study's recipe, with a peak rate and number of epochs of its own. The folder has the checkpoint meanwhile.
+    """
+    sets, how, checkpoint = splits(study), precision(study), folder / "checkpoint.pt"
+    apply_masks(net[1], masks or {})
+    before = score(net, sets.test, precision=how)
+    tuning = replace(recipe(study), epochs=epochs, lr=lr, schedule="one_cycle")
+    held = {f"1.{name}": mask for name, mask in (masks or {}).items()}
+    train(net, sets.train, tuning, seed=seed, masks=held, precision=how, checkpoint=checkpoint)
+    checkpoint.unlink(missing_ok=True)
+    return before, score(net, sets.test, precision=how)
+
+
 def cell_folder(study: Study, cell: Cell, needs: Sequence[str] | None = None) -> Path:
     """The folder with `masks.safetensors`, `model.safetensors` (fine-tuned) and `cell.json` of a pruned cell.
 
@@ -254,16 +307,9 @@ def cell_folder(study: Study, cell: Cell, needs: Sequence[str] | None = None) ->
     def compute(folder: Path) -> None:
         net = dense(study, cell.seed)
         masks = cell_masks(study, cell, net)
-        apply_masks(net[1], masks)
-        sets, how = splits(study), precision(study)
-        before = score(net, sets.test, precision=how)
-        tuning = replace(recipe(study), epochs=study.finetune_epochs, lr=study.finetune_lr, schedule="one_cycle")
-        train(
-            net, sets.train, tuning, seed=cell.seed, masks={f"1.{name}": mask for name, mask in masks.items()},
-            precision=how, checkpoint=folder / "checkpoint.pt",
-        )  # fmt: skip
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
-        after = score(net, sets.test, precision=how)
+        before, after = fine_tuned(
+            study, net, folder, seed=cell.seed, epochs=study.finetune_epochs, lr=study.finetune_lr, masks=masks
+        )
         result = {
             **cell.row(),
             "kept_weights": sum(int(mask.sum()) for mask in masks.values()),
@@ -271,13 +317,13 @@ def cell_folder(study: Study, cell: Cell, needs: Sequence[str] | None = None) ->
             "accuracy_before": before["accuracy"],
             "accuracy": after["accuracy"],
             "ece": after["ece"],
-            "accuracy_val": score(net, sets.val, precision=how)["accuracy"] if len(sets.val) else None,
+            "accuracy_val": val_accuracy(study, net),
             "collapsed_layers": list(collapsed_layers(masks)),
             "passes_signal": passes_signal(net[1], masks, example_input(study)),
             "layers": summary(masks),
         }
         masks.save(folder / "masks.safetensors")
-        save_model(net[1], folder)
+        save_model(net[1], folder, masks=masks)
         write_json(folder / "cell.json", result)
 
     return Store().once("cell", cell_inputs(study, cell), compute, needs)
@@ -287,13 +333,12 @@ def cell_result(study: Study, cell: Cell) -> dict[str, Any]:
     """The facts of a cell: its row, kept_weights, macs, accuracy before and after fine-tuning, layers."""
     if not cell.is_dense:
         return read_json(cell_folder(study, cell, ["cell.json"]) / "cell.json")
-    net = dense(study, cell.seed)
+    facts = dense_facts(study, cell.seed)
     clean = next(row for row in shift_rows(study, cell) if row["severity"] == 0)
-    weights = [m.weight.numel() for m in net[1].modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     return {
         **cell.row(),
-        "kept_weights": sum(weights),
-        "macs": macs(net[1], example_input(study)),
+        "kept_weights": facts["weights"],
+        "macs": facts["macs"],
         "accuracy_before": clean["accuracy"],
         "accuracy": clean["accuracy"],
         "ece": clean["ece"],
@@ -513,15 +558,25 @@ def rows_under_shift(study: Study, facts: Callable[[data.Dataset], dict[str, Any
     return rows
 
 
+def scores_under_shift(
+    study: Study, kind: str, made_of: dict[str, Any], network: Callable[[], nn.Module]
+) -> list[dict[str, Any]]:
+    """Scores of a network under every shift, see `rows_under_shift`: shift, severity, accuracy, ece, images.
+
+    kind, made_of: of the store's entry, and what the network depends on; network: called where there is no entry yet.
+    """
+
+    def compute(folder: Path) -> None:
+        net, how = network(), precision(study)
+        write_json(folder / "shift.json", rows_under_shift(study, lambda images: score(net, images, precision=how)))
+
+    return read_json(Store().once(kind, made_of | shift_inputs(study), compute) / "shift.json")
+
+
 def shift_rows(study: Study, cell: Cell) -> list[dict[str, Any]]:
-    """Scores of a cell under every shift, see `rows_under_shift`: shift, severity, accuracy, ece, images."""
+    """Scores of a cell under every shift: shift, severity, accuracy, ece, images."""
     made_of = Store.key("cell", cell_inputs(study, cell))
     if cell.is_dense:
         made_of = Store.key("dense", dense_inputs(study, cell.seed))
-    inputs = {"version": VERSIONS["shift"], "cell": made_of, **shift_inputs(study)}
-
-    def compute(folder: Path) -> None:
-        net, how = pruned_network(study, cell), precision(study)
-        write_json(folder / "shift.json", rows_under_shift(study, lambda images: score(net, images, precision=how)))
-
-    return read_json(Store().once("shift", inputs, compute) / "shift.json")
+    inputs = {"version": VERSIONS["shift"], "cell": made_of}
+    return scores_under_shift(study, "shift", inputs, lambda: pruned_network(study, cell))

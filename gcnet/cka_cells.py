@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -21,30 +21,32 @@ from gcnet.cells import (
     DATA,
     TRAINING,
     example_input,
+    fine_tuned,
     loaded,
     network,
     normalized_batches,
     precision,
     recipe,
-    rows_under_shift,
     save_model,
-    shift_inputs,
+    scores_under_shift,
     splits,
+    val_accuracy,
 )
 from gcnet.cka import CKASparsityRegularizer, epsilon_sparsity, find_stages, minibatch_cka
 from gcnet.claims import ALIKE, Comparison, judged
 from gcnet.cost import macs
 from gcnet.evaluation import bootstrap, score
 from gcnet.hybrid import ghost_prune
-from gcnet.pruning import Masks, apply_masks
+from gcnet.pruning import Masks, prunable_layers, weights
 from gcnet.published import published
 from gcnet.sparse_training import magnitude_rewinding, sparse_train
 from gcnet.store import Store, read_json, write_json
 from gcnet.study import Study
-from gcnet.training import autocast, pick_device, train
+from gcnet.training import autocast, pick_device
 
 # A number is raised when the computation behind a kind changes its results.
-VERSIONS = {"cka_run": 1, "cka_measure": 1, "cka_shift": 1, "cka_guided": 1, "cka_cost": 1}
+VERSIONS = {"cka_run": 1, "cka_measure": 1, "cka_shift": 1, "cka_guided": 1, "cka_cost": 1,
+            "cka_weights": 1}  # fmt: skip
 
 _PRUNABLE = (nn.Conv2d, nn.Linear)
 
@@ -110,11 +112,11 @@ def run_folder(study: Study, run: Run, needs: Sequence[str] | None = None) -> Pa
         net = network(mine, run.seed).to(pick_device(study.device))
         early = folder / "early.safetensors"
         if run.method == "dense" and not study.cka_rewind_epochs:
-            save_file(_state(net[1]), early)
+            save_model(net[1], folder, early.name)
 
         def keep_early(row: dict[str, float]) -> None:
             if run.method == "dense" and row["epoch"] == study.cka_rewind_epochs:
-                save_file(_state(net[1]), early)
+                save_model(net[1], folder, early.name)
 
         layers = [f"1.{name}" for name, module in net[1].named_modules() if isinstance(module, _PRUNABLE)]
         common = {"seed": run.seed, "sparsity": run.sparsity, "layers": layers, "precision": how}
@@ -143,7 +145,7 @@ def run_folder(study: Study, run: Run, needs: Sequence[str] | None = None) -> Pa
         result = {
             **run.row(),
             "accuracy": test["accuracy"],
-            "val_accuracy": score(net, sets.val, precision=how)["accuracy"] if len(sets.val) else None,
+            "val_accuracy": val_accuracy(study, net),
             "ece": test["ece"],
             "weights": weights,
             "kept_weights": sum(int(mask.sum()) for mask in masks.values()) if masks else weights,
@@ -154,22 +156,9 @@ def run_folder(study: Study, run: Run, needs: Sequence[str] | None = None) -> Pa
     return Store().once("cka_run", _inputs(study, run), compute, needs)
 
 
-def _state(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
-
-
 def run_result(study: Study, run: Run) -> dict[str, Any]:
     """method, sparsity, beta, seed, accuracy (test), val_accuracy, ece, weights, kept_weights."""
     return read_json(run_folder(study, run, ["run.json"]) / "run.json")
-
-
-def run_macs(study: Study, run: Run) -> float:
-    """Multiply-accumulates that the masks of a run leave, in theory; of older entries, from the network."""
-    known = run_result(study, run)
-    if "macs" in known:
-        return float(known["macs"])
-    net, masks = run_network(study, run)
-    return float(macs(net[1], example_input(study), masks))
 
 
 def run_network(study: Study, run: Run) -> tuple[nn.Sequential, Masks]:
@@ -330,13 +319,33 @@ def epsilon_table(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def kept_weights(study: Study, method: str, sparsity: float, beta: float, seed: int) -> np.ndarray:
-    """All Conv2d and Linear weights that the masks of a run keep."""
-    net, masks = run_network(study, Run(method, sparsity, beta, seed))
-    every = {name: net[1].get_parameter(name).detach() for name in masks}
-    if not masks:
-        every = {f"{n}.weight": m.weight.detach() for n, m in net[1].named_modules() if isinstance(m, _PRUNABLE)}
-    return torch.cat([w[masks[n].to(w.device)] if masks else w.flatten() for n, w in every.items()]).cpu().numpy()
+WEIGHT_BINS = np.geomspace(1e-6, 10, 71)  # of |weight|; the first and last hold what lies beyond
+
+
+def weight_shares(study: Study, run: Run) -> list[float]:
+    """Percent of the Conv2d and Linear weights that the masks of a run keep in each of WEIGHT_BINS."""
+    inputs = {"version": VERSIONS["cka_weights"], "run": Store.key("cka_run", _inputs(study, run))}
+
+    def compute(folder: Path) -> None:
+        net, masks = run_network(study, run)
+        every = weights(net[1], prunable_layers(net[1]))
+        sizes = torch.cat([w[masks[n].to(w.device)] if masks else w.flatten() for n, w in every.items()]).abs().cpu()
+        counts, _ = np.histogram(np.clip(sizes.numpy(), 1.01e-6, 9.9), WEIGHT_BINS)
+        write_json(folder / "weights.json", (100 * counts / len(sizes)).tolist())
+
+    return read_json(Store().once("cka_weights", inputs, compute) / "weights.json")
+
+
+def drawn_runs(study: Study) -> list[Run]:
+    """The RST runs whose similarity and weights are drawn, by beta; none where the study has no RST run.
+
+    At the sparsity that beta is chosen at, else the highest; of the first seed with the most betas.
+    """
+    rst = [run for run in dict.fromkeys(measured_runs(study)) if run.method == "rst"]
+    levels = sorted({run.sparsity for run in rst}, key=lambda level: (level == study.cka_choice_sparsity, level))
+    found = [run for run in rst if run.sparsity == levels[-1]]
+    seeds = sorted(run.seed for run in found)
+    return sorted((run for run in found if run.seed == max(seeds, key=seeds.count)), key=lambda run: run.beta)
 
 
 # --- under shift ----------------------------------------------------------------------------------------------------
@@ -344,17 +353,8 @@ def kept_weights(study: Study, method: str, sparsity: float, beta: float, seed: 
 
 def shifted(study: Study, run: Run) -> list[dict[str, Any]]:
     """Clean, corrupted and natural-shift scores of a run: shift, severity (0 = clean), accuracy, ece, images."""
-    inputs = {
-        "version": VERSIONS["cka_shift"],
-        "run": Store.key("cka_run", _inputs(study, run)),
-        **shift_inputs(study),
-    }
-
-    def compute(folder: Path) -> None:
-        net, how = run_network(study, run)[0], precision(study)
-        write_json(folder / "shift.json", rows_under_shift(study, lambda images: score(net, images, precision=how)))
-
-    return read_json(Store().once("cka_shift", inputs, compute) / "shift.json")
+    inputs = {"version": VERSIONS["cka_shift"], "run": Store.key("cka_run", _inputs(study, run))}
+    return scores_under_shift(study, "cka_shift", inputs, lambda: run_network(study, run)[0])
 
 
 def shift_table(study: Study) -> pd.DataFrame:
@@ -384,19 +384,14 @@ def guided(study: Study, run: Run, hybrid: str) -> dict[str, Any]:
 
     def compute(folder: Path) -> None:
         net, _ = run_network(study, run)
-        mine, sets, how = own(study), splits(study), precision(study)
         found = ghost_prune(
-            net[1], normalized_batches(net, sets.train), pruner=study.flops_pruner, hybrid=hybrid,
+            net[1], normalized_batches(net, splits(study).train), pruner=study.flops_pruner, hybrid=hybrid,
             sparsity=study.cka_guided_sparsity, residual=study.residual, seed=run.seed,
         )  # fmt: skip
-        apply_masks(net[1], found.masks)
-        before = score(net, sets.test, precision=how)["accuracy"]
-        tuning = replace(recipe(mine), epochs=study.finetune_epochs, lr=study.finetune_lr, schedule="one_cycle")
-        held = {f"1.{name}": mask for name, mask in found.masks.items()}
-        train(net, sets.train, tuning, seed=run.seed, masks=held, precision=how, checkpoint=folder / "checkpoint.pt")
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
-        after = score(net, sets.test, precision=how)["accuracy"]
-        write_json(folder / "guided.json", {"accuracy_before": before, "accuracy": after})
+        before, after = fine_tuned(
+            study, net, folder, seed=run.seed, epochs=study.finetune_epochs, lr=study.finetune_lr, masks=found.masks
+        )
+        write_json(folder / "guided.json", {"accuracy_before": before["accuracy"], "accuracy": after["accuracy"]})
 
     return read_json(Store().once("cka_guided", inputs, compute) / "guided.json")
 
@@ -538,6 +533,7 @@ def claims_table(
 
 def run_choice(study: Study, run: Run) -> str:
     measured(study, run)
+    weight_shares(study, run)
     return f"beta {run.beta:g}, seed {run.seed}"
 
 
@@ -546,6 +542,8 @@ def run_plan(study: Study, plan: Plan) -> str:
     run_result(study, run)
     if run.method in ("dense", "rst"):
         measured(study, run)
+    if run.method == "rst":
+        weight_shares(study, run)
     if run.method in study.cka_shift_methods:
         shifted(study, run)
     return " ".join(str(value) for value in run.row().values())

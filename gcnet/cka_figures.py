@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import matplotlib.pyplot as plt
@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from gcnet.cka_cells import WEIGHT_BINS
 from gcnet.evaluation import bootstrap
 from gcnet.figures import COLORS, categories, panels
 from gcnet.sparse_training import METHODS
@@ -87,17 +88,17 @@ def _stage_edges(part: pd.DataFrame, order: list[str]) -> list[float]:
     return [k + 0.5 for k, pair in enumerate(pairwise(order)) if pair not in same]
 
 
-def weight_histograms(weights: Mapping[float, np.ndarray], epsilon: pd.DataFrame, title: str) -> Figure:
+def weight_histograms(shares: Mapping[float, Sequence[float]], epsilon: pd.DataFrame, title: str) -> Figure:
     """Kept weights by size on a logarithmic axis, and the share below each epsilon (line: mean, band: seeds).
 
-    weights: beta -> kept weights of one seed. epsilon: rows of cka_sr_epsilon.csv of one method and sparsity.
+    shares: beta -> percent of the kept weights in each of WEIGHT_BINS. epsilon: rows of cka_sr_epsilon.csv of one
+    method and sparsity.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3))
-    colors = _beta_colors(sorted(weights))
-    bins = np.geomspace(1e-6, 10, 71)
-    for beta in sorted(weights):
-        left.hist(np.clip(np.abs(weights[beta]), 1.01e-6, 9.9), bins=bins, histtype="step", lw=1.3, color=colors[beta],
-                  weights=np.full(len(weights[beta]), 100 / len(weights[beta])), label=_beta_name(beta))  # fmt: skip
+    colors = _beta_colors(sorted(shares))
+    for beta in sorted(shares):
+        left.hist(WEIGHT_BINS[:-1], bins=WEIGHT_BINS, weights=shares[beta], histtype="step", lw=1.3, color=colors[beta],
+                  label=_beta_name(beta))  # fmt: skip
     left.set(xscale="log", xlabel="|weight| (the smallest and largest bin hold what lies beyond)", ylabel="% of kept")
     left.legend(fontsize=8)
     left.set_title(title)

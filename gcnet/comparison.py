@@ -63,7 +63,7 @@ class _Network:
 
 def _dense(study: Study) -> Iterator[_Network]:
     for seed in study.seeds:
-        shifts = cells.shift_rows(study, cells.Cell("none", "none", "none", 0.0, seed))
+        shifts = cells.shift_rows(study, cells.dense_cell(seed))
         yield _Network("dense", "dense", seed, 0.0, _seconds(cells.dense_folder(study, seed)), 1.0, shifts)
 
 
@@ -111,7 +111,7 @@ def _sparse_training(study: Study) -> Iterator[_Network]:
     mine = cka_cells.own(study)
     whole = _dense_macs(mine)
     for run in (r for r in cka_cells.runs(study) if r.method in study.cka_shift_methods):
-        left = cka_cells.run_macs(study, run)
+        left = cka_cells.run_result(study, run)["macs"]
         yield _Network(
             "CKA-SR" if run.beta else "sparse training",
             f"{run.method.upper()}{' + CKA-SR' if run.beta else ''}",

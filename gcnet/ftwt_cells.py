@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from gcnet import snacs_cells
 from gcnet.cells import (
-    Cell,
     cell_inputs,
     cells,
     dense,
+    dense_cell,
     dense_inputs,
     example_input,
     network,
@@ -27,6 +27,7 @@ from gcnet.cells import (
     precision,
     recipe,
     rows_under_shift,
+    save_model,
     shift_inputs,
     shift_rows,
     splits,
@@ -147,7 +148,7 @@ def gated_folder(study: Study, cell: GatedCell, needs: Sequence[str] | None = No
             head_cooldown=study.ftwt_head_cooldown, precision=how, checkpoint=folder / "checkpoint.pt",
         )  # fmt: skip
         (folder / "checkpoint.pt").unlink(missing_ok=True)
-        _save(net[1], folder)
+        save_model(net[1], folder)
         firing = _fire(study, net, sets.test)
         write_json(folder / "cell.json", {**cell.row(), **_facts(firing, sets.test), "history": history,
                                           "layers": _layer_facts(net[1], firing, sets.test)})  # fmt: skip
@@ -172,7 +173,7 @@ def _static_folder(study: Study, cell: GatedCell, needs: Sequence[str] | None) -
             (folder / "checkpoint.pt").unlink(missing_ok=True)
             firing = _fire(study, net, sets.test)
         save_file({name: mask[0] for name, mask in masks.items()}, folder / "masks.safetensors")
-        _save(net[1], folder)
+        save_model(net[1], folder)
         # No head is asked, so none is paid for.
         firing = replace(firing, macs=firing.macs - net[1].macs_heads)
         facts = {**_facts(firing, sets.test), "mask_accuracy": None}
@@ -180,10 +181,6 @@ def _static_folder(study: Study, cell: GatedCell, needs: Sequence[str] | None) -
                                           "layers": _layer_facts(net[1], firing, sets.test)})  # fmt: skip
 
     return Store().once("ftwt_cell", _cell_inputs(study, cell), compute, needs)
-
-
-def _save(gated: Gated, folder: Path) -> None:
-    save_file({k: v.cpu().contiguous() for k, v in gated.state_dict().items()}, folder / "model.safetensors")
 
 
 def gated_result(study: Study, cell: GatedCell) -> dict[str, Any]:
@@ -373,7 +370,7 @@ def accuracy_table(study: Study) -> pd.DataFrame:
     """ftwt_accuracy.csv: one row a network; the dense one has mode none and no r."""
     rows = []
     for seed in study.seeds:
-        clean = next(row for row in shift_rows(study, Cell("none", "none", "none", 0.0, seed)) if not row["severity"])
+        clean = next(row for row in shift_rows(study, dense_cell(seed)) if not row["severity"])
         rows.append({"network": study.network, "r": None, "mode": "none", "seed": seed, "accuracy": clean["accuracy"],
                      "macs_reduction": 0.0, "macs_reduction_authors": 0.0, "mask_accuracy": None,
                      "ece": clean["ece"], "filters_used": 1.0, "filters_wanted": None})  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gcnet.errors import unknown
+from gcnet.graph import LayerGraph
 
 # Norms that centre every image's own signal: no statistics of theirs make them the identity.
 _CENTRING = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.instancenorm._InstanceNorm)
@@ -33,15 +34,24 @@ def check_batchnorm(batchnorm: str) -> None:
 
 
 @torch.no_grad()
-def build_ghost(model: nn.Module, connectivity: Mapping[str, Tensor], *, batchnorm: str = "identity") -> nn.Module:
+def build_ghost(
+    model: nn.Module,
+    connectivity: Mapping[str, Tensor],
+    graph: LayerGraph | None = None,
+    *,
+    batchnorm: str = "identity",
+) -> nn.Module:
     """The companion network: same modules, weights = connectivity expanded over the kernels.
 
     connectivity: {layer: (C_out, C_in per group)}. Biases are 0 and normalisation layers the identity (choice;
     batchnorm="original" keeps the original's). A layer without connectivity (the first one: it has no parent) keeps
     the original's weights (choice: only the flow of SynFlow through the ghost sees them, they are pruned directly).
-    The model is not changed. Raises ValueError when a matrix does not fit its layer.
+    graph: where it is given, every layer that has a parent must have its connectivity. The model is not changed. Raises
+    ValueError when a matrix does not fit its layer, is of no layer, or is missing by the graph.
     """
     check_batchnorm(batchnorm)
+    if graph is not None and (missing := [n for n in graph.layers if graph.others(n) and n not in connectivity]):
+        raise ValueError(f"no connectivity is given for the layers {missing}")
     ghost = copy.deepcopy(model).eval()
     known = [name for name, module in ghost.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     for name in connectivity:

@@ -125,8 +125,11 @@ def hybrid_masks(
     for layer, role in plan.items():
         parts[role].append(layer)
     size = {role: sum(model.get_submodule(n).weight.numel() for n in names) for role, names in parts.items()}
-    removed_directly = pruned_count(size["direct"], sparsity)
-    pruned = {"direct": removed_directly, "guided": pruned_count(sum(size.values()), sparsity) - removed_directly}
+    total = pruned_count(sum(size.values()), sparsity)
+    # A part keeps at least one weight, unless there is none: what it cannot lose, the other part loses (choice).
+    most = {role: max(0, count - 1) for role, count in size.items()}
+    directly = min(most["direct"], max(pruned_count(size["direct"], sparsity), total - most["guided"]))
+    pruned = {"direct": directly, "guided": min(total - directly, most["guided"])}
     found = Masks()
     for role, names in parts.items():
         if names:

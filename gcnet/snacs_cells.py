@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from gcnet import cells, data
 from gcnet.cost import latency, macs, parameters
-from gcnet.evaluation import score
 from gcnet.graph import LayerGraph
 from gcnet.hybrid import hybrid_masks
 from gcnet.information import acmi, check_groups, mint_gmi
-from gcnet.pruning import Masks, apply_masks, sparsity, summary
+from gcnet.pruning import Masks, sparsity, summary
 from gcnet.removal import dead_filters, remove_filters, silenced
 from gcnet.snacs import (
     LayerPair,
@@ -35,7 +34,6 @@ from gcnet.snacs import (
 )
 from gcnet.store import Store, read_json, write_json
 from gcnet.study import Study
-from gcnet.training import train
 
 VERSIONS = {"snacs_scores": 1, "snacs_mint": 1, "snacs_cell": 1, "snacs_shift": 1, "snacs_truth": 1, "snacs_speed": 1,
             "snacs_latency": 1}  # fmt: skip
@@ -263,26 +261,18 @@ def cell_folder(study: Study, cell: SnacsCell, needs: Sequence[str] | None = Non
     def compute(folder: Path) -> None:
         net = cells.dense(study, cell.seed)
         masks = cell_masks(study, cell, net)
-        apply_masks(net[1], masks)
-        sets, how = cells.splits(study), cells.precision(study)
-        before = score(net, sets.test, precision=how)["accuracy"]
-        tuning = replace(
-            cells.recipe(study), epochs=study.finetune_epochs, lr=study.finetune_lr, schedule="one_cycle"
-        )  # fmt: skip
-        train(
-            net, sets.train, tuning, seed=cell.seed, masks={f"1.{name}": mask for name, mask in masks.items()},
-            precision=how, checkpoint=folder / "checkpoint.pt",
-        )  # fmt: skip
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        before, after = cells.fine_tuned(
+            study, net, folder, seed=cell.seed, epochs=study.finetune_epochs, lr=study.finetune_lr, masks=masks
+        )
         weights = weight_masks(masks)
         result = {
             **asdict(cell),
             "sparsity": sparsity(weights),
             "kept_weights": sum(int(mask.sum()) for mask in weights.values()),
             "macs": macs(net[1], cells.example_input(study), weights),
-            "accuracy_before": before,
-            "accuracy": score(net, sets.test, precision=how)["accuracy"],
-            "val_accuracy": score(net, sets.val, precision=how)["accuracy"] if len(sets.val) else None,
+            "accuracy_before": before["accuracy"],
+            "accuracy": after["accuracy"],
+            "val_accuracy": cells.val_accuracy(study, net),
             "layers": summary(weights),
             "structure": structure(study, net, masks),
         }
@@ -375,14 +365,11 @@ def cell_result(study: Study, cell: SnacsCell) -> dict[str, Any]:
     """The facts of a cell; of the dense network those that it has."""
     if cell.method != "none":
         return read_json(cell_folder(study, cell, ["cell.json"]) / "cell.json")
-    dense = cells.Cell("none", "none", "none", 0.0, cell.seed)
-    known = cells.cell_result(study, dense)
-    val = cells.splits(study).val
-    how = cells.precision(study)
+    known = cells.cell_result(study, cells.dense_cell(cell.seed))
     return {
         **asdict(cell),
         **{name: known[name] for name in ("sparsity", "kept_weights", "macs", "accuracy_before", "accuracy", "layers")},
-        "val_accuracy": score(cells.dense(study, cell.seed), val, precision=how)["accuracy"] if len(val) else None,
+        "val_accuracy": cells.dense_facts(study, cell.seed)["val_accuracy"],
         "structure": {},
     }
 
@@ -390,16 +377,11 @@ def cell_result(study: Study, cell: SnacsCell) -> dict[str, Any]:
 def shift_rows(study: Study, cell: SnacsCell) -> list[dict[str, Any]]:
     """Clean, corrupted and natural-shift scores of a cell: shift, severity, accuracy, ece, images."""
     if cell.method == "none":
-        return cells.shift_rows(study, cells.Cell("none", "none", "none", 0.0, cell.seed))
-    cell_key = Store.key("snacs_cell", _cell_inputs(study, cell))
-    inputs = {"version": VERSIONS["snacs_shift"], "cell": cell_key, **cells.shift_inputs(study)}
-
-    def compute(folder: Path) -> None:
-        net, how = cells.loaded(study, cell.seed, cell_folder(study, cell)), cells.precision(study)
-        rows = cells.rows_under_shift(study, lambda images: score(net, images, precision=how))
-        write_json(folder / "shift.json", rows)
-
-    return read_json(Store().once("snacs_shift", inputs, compute) / "shift.json")
+        return cells.shift_rows(study, cells.dense_cell(cell.seed))
+    inputs = {"version": VERSIONS["snacs_shift"], "cell": Store.key("snacs_cell", _cell_inputs(study, cell))}
+    return cells.scores_under_shift(
+        study, "snacs_shift", inputs, lambda: cells.loaded(study, cell.seed, cell_folder(study, cell))
+    )
 
 
 # --- the estimator itself -------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gcnet import cells, cost, data, snacs_cells
 from gcnet.claims import Comparison, judged
-from gcnet.evaluation import bootstrap, by_shift, score
+from gcnet.evaluation import bootstrap, by_shift
 from gcnet.store import Store, read_json, write_json
 from gcnet.structured import (
     StructuredPruning,
@@ -23,7 +23,6 @@ from gcnet.structured import (
     torch_pruning,
 )
 from gcnet.study import Study
-from gcnet.training import train
 
 VERSIONS = {"structured": 1, "structured_shift": 1, "structured_latency": 1}
 
@@ -127,17 +126,11 @@ def structured_folder(study: Study, cell: StructuredCell, needs: Sequence[str] |
 
     def compute(folder: Path) -> None:
         pruning = smaller(study, cell)
-        sets, how = cells.splits(study), cells.precision(study)
         net = nn.Sequential(cells.network(study, cell.seed)[0].to(cells.pick_device(study.device)), pruning.network)
-        before = score(net, sets.test, precision=how)
-        tuning = replace(
-            cells.recipe(study), epochs=study.structured_finetune_epochs, lr=study.structured_finetune_lr,
-            schedule="one_cycle",
+        before, after = cells.fine_tuned(
+            study, net, folder, seed=cell.seed, epochs=study.structured_finetune_epochs,
+            lr=study.structured_finetune_lr,
         )  # fmt: skip
-        checkpoint = folder / "checkpoint.pt"
-        train(net, sets.train, tuning, seed=cell.seed, precision=how, checkpoint=checkpoint)
-        checkpoint.unlink(missing_ok=True)
-        after = score(net, sets.test, precision=how)
         pruning.save(folder)
         report = pruning.report
         result = {
@@ -170,25 +163,16 @@ def structured_network(study: Study, cell: StructuredCell) -> nn.Sequential:
 def structured_shift_rows(study: Study, cell: StructuredCell) -> list[dict[str, Any]]:
     """Clean, corrupted and natural-shift scores of a cell: shift, severity, accuracy, ece, images; severity 0 clean."""
     if cell.is_dense:
-        return cells.shift_rows(study, cells.Cell("none", "none", "none", 0.0, cell.seed))
-    cell_key = Store.key("structured", _inputs(study, cell))
-    inputs = {"version": VERSIONS["structured_shift"], "cell": cell_key, **cells.shift_inputs(study)}
-
-    def compute(folder: Path) -> None:
-        net, how = structured_network(study, cell), cells.precision(study)
-        rows = cells.rows_under_shift(study, lambda images: score(net, images, precision=how))
-        write_json(folder / "shift.json", rows)
-
-    return read_json(Store().once("structured_shift", inputs, compute) / "shift.json")
+        return cells.shift_rows(study, cells.dense_cell(cell.seed))
+    inputs = {"version": VERSIONS["structured_shift"], "cell": Store.key("structured", _inputs(study, cell))}
+    return cells.scores_under_shift(study, "structured_shift", inputs, lambda: structured_network(study, cell))
 
 
-def latency_networks(study: Study, seed: int) -> dict[str, nn.Module]:
-    """{name: network} of one seed: the dense one, then each smaller one that differs in its widths."""
-    networks: dict[str, nn.Module] = {"dense": cells.dense(study, seed)[1]}
+def latency_networks(study: Study, chosen: Sequence[StructuredCell]) -> dict[str, nn.Module]:
+    """{name: network}: the dense one of the first seed, then each smaller one that differs in its widths."""
+    networks: dict[str, nn.Module] = {"dense": cells.dense(study, study.seeds[0])[1]}
     seen: set[tuple[int, ...]] = set()
-    for cell in structured_cells(study):
-        if cell.seed != seed or cell.is_dense:
-            continue
+    for cell in chosen:
         network = structured_network(study, cell)[1]
         widths = tuple(size for parameter in network.parameters() for size in parameter.shape)
         if widths not in seen:
@@ -197,10 +181,23 @@ def latency_networks(study: Study, seed: int) -> dict[str, nn.Module]:
     return networks
 
 
+def latency_cells(study: Study) -> list[StructuredCell]:
+    """The first seed's smaller networks that the store holds (an unpacked one has only their facts)."""
+    return [
+        cell
+        for cell in structured_cells(study)
+        if cell.seed == study.seeds[0] and not cell.is_dense and Store().find("structured", _inputs(study, cell))
+    ]
+
+
 def structured_latency_rows(study: Study) -> list[dict[str, Any]]:
-    """Rows of `gcnet.cost.latency` for the first seed's networks, dense and smaller in turn, plus their MAC ratios."""
-    seed = study.seeds[0]
-    chosen = [cell for cell in structured_cells(study) if cell.seed == seed and not cell.is_dense]
+    """Rows of `gcnet.cost.latency` for the first seed's networks, dense and smaller in turn, plus their MAC ratios.
+
+    No rows where the store holds none of them.
+    """
+    chosen = latency_cells(study)
+    if not chosen:
+        return []
     inputs = {
         "version": VERSIONS["structured_latency"],
         "cells": [Store.key("structured", _inputs(study, cell)) for cell in chosen],
@@ -211,7 +208,7 @@ def structured_latency_rows(study: Study) -> list[dict[str, Any]]:
     }
 
     def compute(folder: Path) -> None:
-        networks, example = latency_networks(study, seed), cells.example_input(study)
+        networks, example = latency_networks(study, chosen), cells.example_input(study)
         counts = {name: cost.macs(network, example) for name, network in networks.items()}
         rows = cost.latency(
             networks, example, batch_sizes=study.structured_latency_batches,

@@ -198,6 +198,19 @@ class Study(BaseModel):
                         raise ValueError(f"{name}: '{item}' is a truth value (yes, no, on, off are too in YAML)")
         return values
 
+    @field_validator("*")
+    @classmethod
+    def _nothing_twice(cls, value: Any) -> Any:
+        if isinstance(value, tuple) and (twice := [v for k, v in enumerate(value) if v in value[:k]]):
+            raise ValueError(f"{twice[0]} stands there twice")
+        return value
+
+    @model_validator(mode="after")
+    def _guided_where_it_is_shown(self) -> Study:
+        if not any(self.guidance.values()) and any(self.runs(notebook) for notebook in ("03", "04")):
+            raise ValueError("guidance: name a similarity and a hybrid, which notebooks 03 and 04 show")
+        return self
+
     @field_validator("notebooks")
     @classmethod
     def _notebooks_by_number(cls, values: tuple[str, ...]) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from gcnet.cells import (
     cells,
     connectivity_matrices,
     corrupted_images,
+    dense_facts,
     dense_folder,
     drift_rows,
     flops_rows,
@@ -33,6 +34,7 @@ log = logging.getLogger("gcnet")
 
 def run_dense(study: Study, seed: int) -> str:
     dense_folder(study, seed)
+    dense_facts(study, seed)
     for similarity in study.guidance:
         connectivity_matrices(study, seed, similarity)
     return f"dense seed {seed}"

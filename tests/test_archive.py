@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gcnet import archive, paths
+from gcnet import archive, cka_cells, paths, sparse_training, structured_cells
 from gcnet import cells as computing
 from gcnet.cells import cell_folder, cell_result, cells, dense_folder, shift_rows
 from gcnet.study import Study
@@ -128,6 +128,13 @@ def test_the_other_systems_are_found_after_unpacking_too(
     archive.unpack(study.study)
     left_out = archive.pack(study)[1]
     assert all("corruptions" in words for words in left_out), left_out
+    # What notebooks look at beside the sweep asks for no network that the archive has left out.
+    monkeypatch.setattr(computing, "train", fail)
+    monkeypatch.setattr(sparse_training, "train", fail)
+    if notebook == "07":
+        assert [len(cka_cells.weight_shares(study, run)) for run in cka_cells.drawn_runs(study)] == [70, 70]
+    if notebook == "10":
+        assert structured_cells.structured_latency_rows(study) == []
 
 
 def test_no_archive_and_a_damaged_one_are_said(elsewhere: Path) -> None:

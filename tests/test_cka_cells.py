@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -45,9 +44,22 @@ def test_a_run_is_sparse_to_the_weight_and_scored(method: str) -> None:
     assert result["weights"] - result["kept_weights"] == pruned_count(result["weights"], 0.9)
     assert all(bool((net[1].get_parameter(name)[~mask] == 0).all()) for name, mask in masks.items())
     assert 0 <= result["accuracy"] <= 1 and 0 <= result["val_accuracy"] <= 1
-    assert len(cka_cells.kept_weights(study, *run.row().values())) == result["kept_weights"]
+    kept = torch.cat([net[1].get_parameter(name)[mask] for name, mask in masks.items()]).abs()
+    shares = cka_cells.weight_shares(study, run)
+    assert len(kept) == result["kept_weights"] and sum(shares) == pytest.approx(100)
+    middle = (kept >= cka_cells.WEIGHT_BINS[35]) & (kept < cka_cells.WEIGHT_BINS[60])
+    assert sum(shares[35:60]) == pytest.approx(100 * middle.double().mean().item(), abs=0.1)
     left = {path.name for path in cka_cells.run_folder(study, run).iterdir()}
     assert left == {"entry.json", "history.json", "masks.safetensors", "model.safetensors", "run.json"}
+
+
+def test_the_runs_that_are_drawn_are_of_one_seed_and_the_sparsity_of_the_choice() -> None:
+    study = small(seeds=[0, 1], cka_methods=["rst", "rewind"], cka_sparsities=[0.9, 0.95], cka_choice_sparsity=0.9,
+                  cka_betas=[0.5])  # fmt: skip
+    assert cka_cells.drawn_runs(study) == [Run("rst", 0.9, 0.0, 0), Run("rst", 0.9, 0.5, 0)]
+    other = study.model_copy(update={"cka_choice_sparsity": 0.5})
+    assert cka_cells.drawn_runs(other) == [Run("rst", 0.95, 0.0, 0), Run("rst", 0.95, 0.5, 0)]
+    assert cka_cells.drawn_runs(study.model_copy(update={"cka_methods": ("rewind",)})) == []
 
 
 def test_the_penalty_changes_a_run_and_nothing_else_does() -> None:
@@ -161,7 +173,7 @@ def test_the_sweep_computes_all_that_the_notebook_shows(tables, monkeypatch: pyt
     figures = [
         cka_figures.choice(found["choice"]),
         cka_figures.heat_maps(found["similarity"], "rst", 0.95),
-        cka_figures.weight_histograms({0.0: np.array([0.0, 0.1]), 0.5: np.array([1e-9, 3.0])}, found["epsilon"], "t"),
+        cka_figures.weight_histograms({beta: [100 / 70] * 70 for beta in (0.0, 0.5)}, found["epsilon"], "t"),
         cka_figures.accuracy_by_sparsity(found["accuracy"], 0.5),
         cka_figures.gains(found["accuracy"], published[1:]),
         cka_figures.shift_gains(found["shifts"]),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gcnet.ghost import build_ghost, build_mixture, expand
+from gcnet.graph import layer_graph
 
 
 def small() -> nn.Sequential:
@@ -131,3 +132,11 @@ def test_a_mixture_multiplies_and_keeps_each_layers_balance() -> None:
         build_mixture(model, {"1": matrix}, -1.0)
     with pytest.raises(ValueError, match="layer '1'"):
         build_mixture(model, {"1": matrix[:1]}, 1.0)
+
+
+def test_a_graph_tells_which_layers_need_connectivity() -> None:
+    model, found = small(), matrices()
+    graph = layer_graph(model, torch.zeros(1, 2, 2, 2))
+    assert torch.equal(build_ghost(model, found, graph)[6].weight, found["6"])
+    with pytest.raises(ValueError, match=r"no connectivity is given for the layers \['3'\]"):
+        build_ghost(model, {"6": found["6"]}, graph)

@@ -246,6 +246,20 @@ def test_direct_pruning_needs_one_image_for_its_shape() -> None:
     assert found.connectivity == {} and set(found.plan.values()) == {"direct"}
 
 
+@pytest.mark.parametrize("level", [0.9, 0.98, 0.995])
+@pytest.mark.parametrize("hybrid", ["Full", "BH", "FH"])
+def test_a_small_part_keeps_a_weight_and_the_total_is_exact(hybrid: str, level: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 40, 3), nn.ReLU(), nn.Flatten(), nn.Linear(640, 4)
+    )
+    batch = (torch.randn(20, 1, 8, 8), torch.zeros(20, dtype=torch.int64))
+    found = ghost_prune(model, [batch], pruner="l1", sparsity=level, hybrid=hybrid)
+    total = sum(mask.numel() for mask in found.masks.values())
+    assert total - found.report["kept_weights"] == pruned_count(total, level)
+    assert all(mask.any() for name, mask in found.masks.items() if hybrid == "Full" and name == "0.weight")
+
+
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 @pytest.mark.parametrize("pruner", PRUNERS)
 def test_every_similarity_with_every_pruner(similarity: str, pruner: str) -> None:

@@ -206,7 +206,7 @@ def test_a_notebook_computes_only_what_it_shows(
     monkeypatch.setenv("GCNET_RUNS", str(tmp_path))
     sweeping.ready(STUDY, "01")
     assert here == ["local"]
-    assert {p.name.split("-")[0] for p in tmp_path.glob("*-*")} == {"dense", "connectivity"}
+    assert {p.name.split("-")[0] for p in tmp_path.glob("*-*")} == {"dense", "dense_facts", "connectivity"}
 
 
 @pytest.mark.usefixtures("here")
