@@ -251,6 +251,7 @@ def cells(study: Study) -> list[Cell]:
                     for similarity, hybrids in study.guidance.items()
                     for hybrid in hybrids
                 ]
+            found += [Cell(pruner, "direct", "none", sparsity, seed) for pruner in study.direct_pruners]
     return found
 
 

@@ -445,7 +445,7 @@ def flops_bars(rows: pd.DataFrame, network: str) -> Figure:
 def shift_heat_map(shifts: pd.DataFrame, sparsity: float) -> Figure:
     """Difference to direct pruning in points by method and shift, a panel a pruner: mean over severities and seeds."""
     rows = with_methods(shifts[(shifts.sparsity == sparsity)])
-    pruners = list(dict.fromkeys(rows.pruner))
+    pruners = list(dict.fromkeys(rows[rows.method != "direct"].pruner))  # those that were run under guidance
     seen = list(dict.fromkeys(rows["shift"]))
     order = ["clean", *[s for s in FAMILIES if s in seen], *[s for s in seen if s not in FAMILIES and s != "clean"]]
     keys = ["pruner", "method"]

@@ -59,6 +59,7 @@ class Study(BaseModel):
 
     # GC-Net
     pruners: tuple[str, ...] = ("l1", "os_synflow")
+    direct_pruners: tuple[str, ...] = Field((), description="more base pruners, run without guidance only")
     sparsities: tuple[float, ...] = (0.8, 0.95)
     guidance: dict[str, tuple[str, ...]] = Field(
         {"pearson": ("Full", "FH", "BH", "B25"), "partial": ("Full", "BH", "B25")},
@@ -309,7 +310,7 @@ class Study(BaseModel):
         for name in (self.network, self.cka_network):
             if not name.startswith("torchvision:"):
                 check("network", [name], NETWORKS)
-        check("pruner", [*self.pruners, self.flops_pruner, self.ablation_pruner], PRUNERS)
+        check("pruner", [*self.pruners, *self.direct_pruners, self.flops_pruner, self.ablation_pruner], PRUNERS)
         check("similarity", [*self.guidance, *self.flops_similarities, self.structured_similarity], SIMILARITIES)
         for r in self.ftwt_joint_r:
             if r not in self.ftwt_r:

@@ -86,10 +86,11 @@ def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cells_are_the_whole_grid_each_once() -> None:
     study = Study.create(
         seeds=[3, 4], pruners=["l1", "lamp"], sparsities=[0.5, 0.9],
-        guidance={"pearson": ["Full", "B25"], "partial": ["BH"]},
+        guidance={"pearson": ["Full", "B25"], "partial": ["BH"]}, direct_pruners=["random"],
     )  # fmt: skip
     found = cells(study)
-    assert len(found) == len(set(found)) == 2 * (1 + 2 * 2 * (1 + 3))
+    assert len(found) == len(set(found)) == 2 * (1 + 2 * (2 * (1 + 3) + 1))
+    assert {cell.hybrid for cell in found if cell.pruner == "random"} == {"direct"}
     assert [c for c in found if c.is_dense] == [Cell("none", "none", "none", 0.0, seed) for seed in (3, 4)]
     assert Cell("lamp", "direct", "none", 0.9, 4) in found and Cell("l1", "BH", "partial", 0.5, 3) in found
     assert Cell("l1", "Full", "partial", 0.5, 3) not in found
