@@ -21,7 +21,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.ma
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help env existing reproduce sweep paper grid report readme verify pack unpack status test test-slow browser test-browser lint bench lab clean clean-cache lock
+.PHONY: help env existing reproduce sweep paper grid report readme verify pack unpack status test test-slow browser test-browser lint bench lab clean clean-cache clean-runs lock
 
 RUNS := $(if $(GCNET_RUNS),$(GCNET_RUNS),runs)
 DONE := $(RUNS)/done/$(STUDY)
@@ -200,12 +200,15 @@ clean:  ## remove the study's results and python's caches; what was computed sta
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 	@echo "kept: data/, .venv/ and all that was computed in $(RUNS)/; git restores results that were committed"
 
-clean-cache:  ## remove all that was computed, of every study; asks for YES=1
+clean-cache:  ## remove decoded and corrupted images, which are made again in seconds
+	rm -rf "$(RUNS)"/cache "$(RUNS)"/corrupted-*
+
+clean-runs:  ## remove all that was computed, of every study; asks for YES=1
 ifeq ($(YES),1)
 	rm -rf "$(RUNS)"
 else
 	@du -sh "$(RUNS)" 2> /dev/null || echo "nothing in $(RUNS)"
-	@echo "this can be days of computing; to remove it: make clean-cache YES=1"
+	@echo "this can be days of computing; to remove it: make clean-runs YES=1"
 endif
 
 lock:  ## resolve requirements.lock anew from pyproject.toml

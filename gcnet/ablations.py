@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from gcnet.cells import Cell, cell_result, shift_rows
@@ -82,11 +83,12 @@ def ablation_table(rows: pd.DataFrame) -> pd.DataFrame:
     """ablations.csv: choice, setting, measure, estimate, ci_low, ci_high, n, p_holm.
 
     rows: of `ablation_rows`. estimate: the variant's accuracy minus the default's at the same seed (and shift), with
-    the hierarchical bootstrap interval; measure is "clean" or "shifted". p_holm counts every row of the table.
+    the hierarchical bootstrap interval; measure is "clean" or "shifted". p_holm counts the rows where anything differs
+    and is empty in the others: a choice that cannot matter in this network is no comparison.
     """
     keys = ["seed", "shift", "severity"]
     default = rows[rows.choice == DEFAULT[0]].set_index(keys).accuracy
-    table, p = [], []
+    table, p = [], {}
     for (choice, setting), part in rows[rows.choice != DEFAULT[0]].groupby(["choice", "setting"], sort=False):
         difference = (part.set_index(keys).accuracy - default).rename("difference").reset_index()
         for measure, wanted in (("clean", difference.severity == 0), ("shifted", difference.severity > 0)):
@@ -94,7 +96,8 @@ def ablation_table(rows: pd.DataFrame) -> pd.DataFrame:
             if values.empty:
                 continue
             found = bootstrap(by_shift(values))
-            p.append(p_value(found))
+            if values.to_numpy().any():
+                p[len(table)] = p_value(found)
             table.append(
                 {
                     "choice": choice,
@@ -104,7 +107,10 @@ def ablation_table(rows: pd.DataFrame) -> pd.DataFrame:
                     "ci_low": found.low,
                     "ci_high": found.high,
                     "n": found.n,
+                    "p_holm": np.nan,
                 }
             )
-    columns = ["choice", "setting", "measure", "estimate", "ci_low", "ci_high", "n"]
-    return pd.DataFrame(table, columns=columns).assign(p_holm=holm(p))
+    columns = ["choice", "setting", "measure", "estimate", "ci_low", "ci_high", "n", "p_holm"]
+    found = pd.DataFrame(table, columns=columns)
+    found.loc[list(p), "p_holm"] = holm(list(p.values()))
+    return found

@@ -35,7 +35,7 @@ from gcnet.cells import (
 from gcnet.cka import CKASparsityRegularizer, epsilon_sparsity, find_stages, minibatch_cka
 from gcnet.claims import ALIKE, Comparison, judged
 from gcnet.cost import macs
-from gcnet.evaluation import bootstrap, score
+from gcnet.evaluation import bootstrap, by_shift, score
 from gcnet.hybrid import ghost_prune
 from gcnet.pruning import Masks, prunable_layers, weights
 from gcnet.published import published
@@ -495,7 +495,9 @@ def claims_table(
     """
     compared: list[Comparison] = []
 
-    def add(claim: str, measure: str, differences: pd.Series, sparsity: float, smallest: float = 0.002) -> None:
+    def add(
+        claim: str, measure: str, differences: pd.Series | pd.DataFrame, sparsity: float, smallest: float = 0.002
+    ) -> None:
         values = differences.dropna().to_numpy()  # not every seed has every sparsity
         if len(values):
             word = "" if values.any() else ALIKE
@@ -520,7 +522,10 @@ def claims_table(
         name = f"gain at {highest:g} less mean gain at lower sparsities: {method}, beta {beta:g}"
         add("cka-sr-4", name, gains[method, highest] - others, highest)
     for (method, sparsity), part in shifts[shifts.severity > 0].groupby(["method", "sparsity"], sort=False):
-        add("cka-sr-5", f"accuracy under shift: {method}, beta {beta:g}", paired(part, beta, "accuracy"), sparsity)
+        wide = part.pivot_table(index="seed", columns=["beta", "shift", "severity"], values="accuracy")
+        if {beta, 0.0} <= set(wide.columns.unique("beta")):
+            gain = pd.DataFrame(by_shift((wide[beta] - wide[0.0]).dropna()))
+            add("cka-sr-5", f"accuracy under shift: {method}, beta {beta:g}", gain, sparsity)
     guided = combined[combined.hybrid != "direct"] if len(combined) else combined  # direct pruning stands beside it
     for hybrid, part in guided.groupby("hybrid", sort=False) if len(guided) else []:
         level = study.cka_guided_sparsity

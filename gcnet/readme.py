@@ -54,14 +54,30 @@ def verdicts() -> str:
             rows.append({"claim": claim["statement"], "study": "", "verdict": "not tested yet",
                          "comparisons supported / contradicted / inconclusive": ""})  # fmt: skip
     table = pd.DataFrame(rows)
-    return to_markdown(table.assign(claim=table.claim.mask(table.claim.duplicated(), "")))
+    return f"{to_markdown(table.assign(claim=table.claim.mask(table.claim.duplicated(), '')))}\n{_margins()}\n"
+
+
+def _margins() -> str:
+    """What GC-Net's claims tolerate, from params/claims.yaml, in a sentence."""
+    tests = [test for claim in load_claims() for test in claim.get("comparisons", ())]
+    loss = {100 * test["margin"] for test in tests if test["measure"] == "shifted" and test.get("margin")}
+    macs = {100 * test["margin"] for test in tests if test["measure"] == "macs"}
+    close = {test["above"] for test in tests if "above" in test}
+    loss, macs, close = (", ".join(f"{value:g}" for value in sorted(values)) for values in (loss, macs, close))
+    return (
+        f"*At least as accurate* tolerates a loss of {loss} points, *keep the multiply-accumulates* {macs} points of "
+        f"the dense network's, and *close* is a rank correlation above {close}. A verdict is corrected for the number of "
+        "comparisons of its claim; the intervals further up are not."
+    )
 
 
 # What the answer tells: (of what, study, claim, part of the measures told).
 TOLD = (
     ("Later layers guided, VGG16-BN on CIFAR-10", "cifar10_vgg16_bn_quarter", "gcnet-1", "shift"),
+    ("Later layers guided, ResNet-18 on CIFAR-10", "cifar10_resnet18_quarter", "gcnet-1", "shift"),
     ("Later layers guided, ResNet-18 on Fashion-MNIST", "fashion_mnist_resnet18_quarter", "gcnet-1", "shift"),
     ("Partial correlation against Pearson, VGG16-BN", "cifar10_vgg16_bn_quarter", "ours-5", "shift"),
+    ("Magnitude and connectivity in one ranking, VGG16-BN", "cifar10_vgg16_bn_quarter_mix", "ours-6", "shift"),
     ("Whole filters, ghost against weights", "cifar10_vgg16_bn_quarter_structured", "structured-1", "- direct"),
     ("SNACS at the sparsity that it finds", "cifar10_vgg16_bn_quarter_snacs", "snacs-4", "shift"),
     ("FTWT at the same operations", "cifar10_vgg16_bn_quarter_ftwt", "ftwt-2", "shift"),
@@ -70,7 +86,8 @@ TOLD = (
 NAMES = {"snacs": "SNACS", "mint": "MINT", "l1_block": "L1 blocks", "l1_filter": "L1 filters",
          "gcnet": "OS-SynFlow B25", "decoupled": "masks by image", "L1 filter": "static L1 filters",
          "B25 pearson": "B25", "BH pearson": "BH", "Full pearson": "Full", "rst": "static random masks",
-         "rigl": "RigL", "rewind": "magnitude rewinding"}  # fmt: skip
+         "rigl": "RigL", "rewind": "magnitude rewinding", "l1 Mix25 pearson": "Mix25", "l1 Mix100 pearson": "Mix100",
+         "l1 Mix25 partial": "Mix25 partial", "l1 direct": "direct L1", "lamp direct": "direct LAMP"}  # fmt: skip
 
 
 def answer() -> str:
@@ -168,6 +185,38 @@ def times() -> str:
     return to_markdown(pd.DataFrame(rows)) if rows else "No study has a table of times yet.\n"
 
 
+PAPER = [f"{data}_{network}" for data in ("cifar10", "fashion_mnist", "tiny_imagenet")
+         for network in ("vgg16_bn", "resnet18")]  # fmt: skip
+
+
+def plan() -> str:
+    """What `make paper` would compute: dense trainings, cells, evaluated sets of images, gigabytes of networks kept."""
+    from torch import nn
+
+    from gcnet import networks
+    from gcnet.cells import cells
+
+    rows = []
+    for name in PAPER:
+        study = Study.load(name)
+        model = networks.build(study.network, 10, channels=study.channels, width=study.width, seed=0)
+        weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
+        found = cells(study)
+        sets = 1 + len(study.corruptions) * len(study.severities) + len(study.natural_shifts)
+        rows.append(
+            {
+                "study": f"`{name}`",
+                "dense networks": len(study.seeds),
+                "epochs of each": study.epochs,
+                "pruned networks": sum(not cell.is_dense for cell in found),
+                "epochs of fine-tuning": study.finetune_epochs,
+                "evaluated sets of images": len(found) * sets,
+                "kept weights, GB": f"{4e-9 * weights * sum(1 - cell.sparsity for cell in found):.0f}",
+            }
+        )
+    return to_markdown(pd.DataFrame(rows))
+
+
 def speed() -> str:
     """How many benchmarks reach their target, and one row for each that does not."""
     table = targets()
@@ -231,6 +280,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "verdicts": verdicts,
     "systems": systems,
     "times": times,
+    "plan": plan,
     "speed": speed,
     "zoo": zoo,
 }

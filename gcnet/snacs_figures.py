@@ -16,6 +16,7 @@ from gcnet.claims import Comparison, judged
 from gcnet.evaluation import Interval, bootstrap, by_shift
 from gcnet.figures import layer_maps, panels, whole_numbers
 from gcnet.published import published
+from gcnet.reporting import each_shift_once
 from gcnet.snacs import GRID
 from gcnet.snacs_cells import (
     LATENCY_BATCHES,
@@ -371,7 +372,7 @@ def pruned_by_layer(layers: pd.DataFrame, numbers: Mapping[str, int]) -> Figure:
 
 def accuracy_by_sparsity(accuracy: pd.DataFrame, shifts: pd.DataFrame) -> Figure:
     """Accuracy after one fine-tuning, clean and under shift, of each method by sparsity: points seeds, line mean."""
-    shifted = shifts[shifts.severity > 0].groupby(["method", "delta", "seed"]).accuracy.mean().rename("shifted")
+    shifted = each_shift_once(shifts).groupby(["method", "delta", "seed"]).accuracy.mean().rename("shifted")
     rows = accuracy.join(shifted, on=["method", "delta", "seed"])
     figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.2))
     methods = [name for name in LOOK if name in set(rows.method) and name != "none"]

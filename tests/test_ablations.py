@@ -50,6 +50,19 @@ def test_the_table_is_paired_and_counts_its_comparisons() -> None:
     assert (found.ci_low < found.estimate).all() and (found.n == 4).all() and (found.p_holm < 0.05).all()
 
 
+def test_a_choice_that_cannot_matter_is_no_comparison() -> None:
+    rows = [
+        {"choice": choice, "setting": setting, "seed": seed, "shift": shift, "severity": severity, "macs": 1,
+         "accuracy": 0.5 + 0.1 * seed + gain * (1 + 0.01 * seed)}
+        for (choice, setting), gain in {DEFAULT: 0.0, ("tap", "a"): 0.02, ("residual", "b"): 0.0}.items()
+        for seed in range(4) for shift, severity in (("clean", 0), ("fog", 1))
+    ]  # fmt: skip
+    found = ablation_table(pd.DataFrame(rows)).set_index(["choice", "measure"]).p_holm
+    assert found["residual"].isna().all()
+    alone = ablation_table(pd.DataFrame([row for row in rows if row["choice"] != "residual"])).p_holm
+    assert found["tap"].tolist() == alone.tolist()
+
+
 def test_on_a_real_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GCNET_RUNS", str(tmp_path))
     monkeypatch.setattr(ablations, "CHOICES", {"sign": CHOICES["sign"], "images": {"100": CHOICES["images"]["100"]}})
@@ -60,4 +73,5 @@ def test_on_a_real_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     rows = ablation_rows(STUDY)
     assert set(rows.choice) == {"default", "sign", "images"} and rows.accuracy.between(0, 1).all()
     table = ablation_table(rows)
-    assert table.n.tolist() == [1] * 4 and (table.p_holm == 1).all()
+    assert table.n.tolist() == [1] * 4
+    assert (table.p_holm[table.estimate != 0] == 1).all() and table.p_holm[table.estimate == 0].isna().all()

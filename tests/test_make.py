@@ -286,7 +286,19 @@ def test_claims_are_no_study(project: Path) -> None:
 def test_make_alone_prints_help_with_every_target(project: Path) -> None:
     result = subprocess.run(["make"], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0
-    for goal in ("reproduce", "test", "test-slow", "lint", "bench", "lab", "status", "clean", "clean-cache", "env"):
+    for goal in (
+        "reproduce",
+        "test",
+        "test-slow",
+        "lint",
+        "bench",
+        "lab",
+        "status",
+        "clean",
+        "clean-cache",
+        "clean-runs",
+        "env",
+    ):
         assert f"make {goal} " in result.stdout
     for variable in ("STUDY=", "PYTHON=", "JOBS="):
         assert variable in result.stdout
@@ -345,7 +357,13 @@ def test_clean_keeps_what_was_computed(project: Path) -> None:
     assert not any((project / name).exists() for name in gone)
     assert (marked(project), marked(project, "cifar10_vgg16_bn")) == (set(), set(ALL))
 
-    assert "make clean-cache YES=1" in make("clean-cache").stdout
+    for name in ("cache", "corrupted-1", "dense-1"):
+        (project / "runs" / name).mkdir(parents=True, exist_ok=True)
+    assert make("clean-cache").returncode == 0
+    assert (project / "runs" / "dense-1").exists()
+    assert not any((project / "runs" / name).exists() for name in ("cache", "corrupted-1"))
+
+    assert "make clean-runs YES=1" in make("clean-runs").stdout
     assert (project / "runs").exists()
-    assert make("clean-cache", "YES=1").returncode == 0
+    assert make("clean-runs", "YES=1").returncode == 0
     assert not (project / "runs").exists()

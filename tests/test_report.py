@@ -235,3 +235,29 @@ def test_an_alt_text_without_numbers_is_followed_by_what_is_drawn(
 def test_a_caption_is_a_sentence_and_no_list_of_numbers() -> None:
     assert report.Picture("a", "Accuracy by layer. l1 0.8, l2 0.9", "").caption == "Accuracy by layer"
     assert report.Picture("a", "; ".join(["gcnet-1: -0.035, contradicted"] * 20), "").caption == ""
+
+
+def test_each_shift_counts_once_however_many_severities_it_has() -> None:
+    rows = pd.DataFrame(
+        [("fog", 1, 0.9), ("fog", 5, 0.5), ("stl10_32", 1, 0.2), ("clean", 0, 1.0)],
+        columns=["shift", "severity", "accuracy"],
+    ).assign(seed=0, images=10, ece=0.1)
+    found = reporting.each_shift_once(rows)
+    assert dict(zip(found["shift"], found.accuracy, strict=True)) == pytest.approx({"fog": 0.7, "stl10_32": 0.2})
+    assert set(found) == {"shift", "seed", "accuracy", "ece"}
+
+
+def test_the_metric_that_leaves_the_fewest_operations() -> None:
+    left = {"none": 10, "pearson": 50, "hsic": 40, "cosine": 40}
+    flops = pd.DataFrame(
+        [
+            {"similarity": name, "hybrid": "Full", "sparsity": 0.8, "seed": seed, "macs_dense": 100,
+             "macs": macs + seed * (name == "pearson")}
+            for name, macs in left.items() for seed in range(4)
+        ]
+    )  # fmt: skip
+    (row,) = reporting.fewest_operations(flops).itertuples()
+    assert row.similarity == "cosine, hsic" and row.share == pytest.approx(0.4)
+    assert row.less == pytest.approx(0.115) and row.beyond_chance
+    same = reporting.fewest_operations(flops[flops.similarity.isin(["none", "hsic", "cosine"])]).iloc[0]
+    assert same.less == 0 and not same.beyond_chance
