@@ -20,6 +20,7 @@ from gcnet import data
 from gcnet.cells import (
     DATA,
     TRAINING,
+    connectivity_images,
     example_input,
     fine_tuned,
     loaded,
@@ -379,14 +380,19 @@ def guided(study: Study, run: Run, hybrid: str) -> dict[str, Any]:
         "pruner": study.flops_pruner,
         "hybrid": hybrid,
         "sparsity": study.cka_guided_sparsity,
-        **study.only("finetune_epochs", "finetune_lr", "residual"),
+        **study.only("finetune_epochs", "finetune_lr", "residual", "tap"),
+        "classwise": study.classwise or None,
+        "absolute": study.absolute or None,
+        "images": study.connectivity_images or None,
+        "ghost_batchnorm": None if study.ghost_batchnorm == "identity" else study.ghost_batchnorm,
     }
 
     def compute(folder: Path) -> None:
         net, _ = run_network(study, run)
         found = ghost_prune(
-            net[1], normalized_batches(net, splits(study).train), pruner=study.flops_pruner, hybrid=hybrid,
-            sparsity=study.cka_guided_sparsity, residual=study.residual, seed=run.seed,
+            net[1], normalized_batches(net, connectivity_images(study)), pruner=study.flops_pruner, hybrid=hybrid,
+            sparsity=study.cka_guided_sparsity, residual=study.residual, tap=study.tap, classwise=study.classwise,
+            absolute=study.absolute, batchnorm=study.ghost_batchnorm, seed=run.seed,
         )  # fmt: skip
         before, after = fine_tuned(
             study, net, folder, seed=run.seed, epochs=study.finetune_epochs, lr=study.finetune_lr, masks=found.masks

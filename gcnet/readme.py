@@ -66,8 +66,8 @@ def _margins() -> str:
     loss, macs, close = (", ".join(f"{value:g}" for value in sorted(values)) for values in (loss, macs, close))
     return (
         f"*At least as accurate* tolerates a loss of {loss} points, *keep the multiply-accumulates* {macs} points of "
-        f"the dense network's, and *close* is a rank correlation above {close}. A verdict is corrected for the number of "
-        "comparisons of its claim; the intervals further up are not."
+        f"the dense network's, and *close* is a rank correlation above {close}. A verdict is corrected for the number "
+        "of comparisons of its claim; the intervals further up are not."
     )
 
 

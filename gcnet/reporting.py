@@ -375,5 +375,6 @@ def parent_matrices(study: Study, net: nn.Sequential, graph: LayerGraph, child: 
         sources = tuple(s for s in graph.sources[child] if s.parent == parent)
         alone = replace(graph, layers=(child,), parents={child: (parent,)}, sources={child: sources})
         batches = normalized_batches(net, connectivity_images(study))
-        parts[parent] = connectivity(net[1], batches, tap=study.tap, graph=alone)[child]
+        how = study.only("tap", "classwise", "absolute")
+        parts[parent] = connectivity(net[1], batches, graph=alone, **how)[child]
     return parts

@@ -220,7 +220,7 @@ def cell_masks(study: Study, cell: SnacsCell, net: nn.Sequential) -> Masks:
     if cell.method == "gcnet":
         return hybrid_masks(
             model, graph, cells.connectivity_matrices(study, cell.seed, "pearson"), pruner=PRUNER, sparsity=target,
-            hybrid=HYBRID, example_input=cells.example_input(study), seed=cell.seed,
+            hybrid=HYBRID, example_input=cells.example_input(study), seed=cell.seed, batchnorm=study.ghost_batchnorm,
         )[0]  # fmt: skip
     if cell.method == "l1_filter":
         return matched(lambda share: silenced(model, graph, filter_masks(model, graph, share)), target)
@@ -236,15 +236,15 @@ def cell_masks(study: Study, cell: SnacsCell, net: nn.Sequential) -> Masks:
 
 
 def _cell_inputs(study: Study, cell: SnacsCell) -> dict[str, Any]:
+    guided = cell.method == "gcnet"
     return {
         "version": VERSIONS["snacs_cell"],
         "scores": Store.key("snacs_scores", scores_inputs(study, cell.seed)),
         "mint": Store.key("snacs_mint", mint_inputs(study, cell.seed)) if cell.method == "mint" else None,
         "connectivity": (
-            Store.key("connectivity", cells.connectivity_inputs(study, cell.seed, "pearson"))
-            if cell.method == "gcnet"
-            else None
+            Store.key("connectivity", cells.connectivity_inputs(study, cell.seed, "pearson")) if guided else None
         ),
+        "ghost_batchnorm": study.ghost_batchnorm if guided and study.ghost_batchnorm != "identity" else None,
         **asdict(cell),
         "finetune_epochs": study.finetune_epochs,
         "finetune_lr": study.finetune_lr,
