@@ -131,11 +131,13 @@ def _counted() -> str:
         return ""
     worse, better = every.ci_high < 0, every.ci_low > 0
     silent = int((better & every.collapsed.str.startswith("direct")).sum())
+    neither = int((~worse & ~better & every.collapsed.str.contains(", ")).sum())
+    lost = f", {neither} of them where networks of both sides let none through" if neither else ""
     return (
         f"Guidance of later layers (B25, BH) is less accurate under shift than direct pruning in {worse.sum()} of "
         f"{len(every)} settings (pruner, share removed and hybrid, in the {every.study.nunique()} studies of several "
         f"seeds), more accurate in {better.sum()}, {silent} of them where direct pruning lets no signal through; in "
-        f"{len(every) - worse.sum() - better.sum()} the interval holds 0.\n"
+        f"{len(every) - worse.sum() - better.sum()} the interval holds 0{lost}.\n"
     )
 
 

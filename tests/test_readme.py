@@ -124,20 +124,30 @@ def test_the_answer_tells_differences_with_their_intervals(tmp_path: Path, monke
         (claim, "accuracy under shift, difference: B25 pearson - direct", -0.0164, -0.0312, -0.0006, "l1", ""),
         (claim, "accuracy under shift, difference: B25 pearson - direct", 0.3, 0.2, 0.4, "os_synflow", "direct 3 of 3"),
         (claim, "accuracy under shift, difference: BH pearson - direct", 0.01, -0.02, 0.04, "l1", ""),
+        (
+            claim,
+            "accuracy under shift, difference: BH pearson - direct",
+            0.0,
+            0.0,
+            0.0,
+            "os_synflow",
+            "BH pearson 3 of 3, direct 3 of 3",
+        ),
         (claim, "share of dense MACs saved, difference: B25 pearson - direct", 0.1, 0.1, 0.1, "l1", ""),
         (second, "clean accuracy: rigl, beta 0.1", 0.001, -0.002, 0.003, "", ""),
     ]
     columns = ["claim", "measure", "estimate", "ci_low", "ci_high", "pruner", "collapsed"]
     table = pd.DataFrame(rows, columns=columns).assign(sparsity=0.8, n=3)
-    for name, part in ((study, table[:4]), (without, table[4:])):
+    for name, part in ((study, table[:5]), (without, table[5:])):
         (tmp_path / name / "tables").mkdir(parents=True)
         part.to_csv(tmp_path / name / "tables" / "claims.csv", index=False)
     text = readme.answer()
     assert "| question | compared | L1 | OS-SynFlow |" in text
     assert f"| {what} | B25 against direct, 80% removed | **-1.6 [-3.1, -0.1]** | **+30.0 [+20.0, +40.0]** ‡ |" in text
-    assert "|  | BH against direct, 80% removed | +1.0 [-2.0, +4.0] |  |" in text
+    assert "|  | BH against direct, 80% removed | +1.0 [-2.0, +4.0] | +0.0 [+0.0, +0.0] ‡ |" in text
     assert f"| {other} | RigL, 80% removed | +0.1 [-0.2, +0.3] |" in text
-    assert "less accurate under shift than direct pruning in 1 of 3 settings" in text  # operations are none
+    assert "less accurate under shift than direct pruning in 1 of 4 settings" in text  # operations are none
+    assert "in 2 the interval holds 0, 1 of them where networks of both sides let none through." in text
     assert "more accurate in 1, 1 of them where direct" in text
 
 
