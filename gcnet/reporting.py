@@ -303,8 +303,8 @@ def fewest_operations(flops: pd.DataFrame) -> pd.DataFrame:
     """sparsity, hybrid, similarity, share, less, beyond_chance: the metric that leaves the fewest operations.
 
     flops: rows of `cells.flops_rows`. share: of the dense network's; less: how much less than by the second metric, a
-    share too, paired by seed; beyond_chance: 0 lies outside its 95 % interval. Metrics that leave the same, to a hundredth of a
-    point, are one.
+    share too, paired by seed; beyond_chance: 0 lies outside its 95 % interval. Metrics that leave the
+    same, to a hundredth of a point, are one.
     """
     rows = flops[flops.similarity != "none"].assign(share=flops.macs / flops.macs_dense)
     found = []
