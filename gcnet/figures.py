@@ -400,8 +400,21 @@ def _what(rows: pd.DataFrame, many: str) -> str:
 
 
 def _legend(axis: Axes, note: str) -> None:
-    """The legend to the right of the last panel, headed by what points and bars are."""
-    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), title=note, title_fontsize=8, alignment="left")
+    """The legend of all panels to the right of the last one, headed by what points and bars are."""
+    known: dict[str, Any] = {}
+    for panel in axis.figure.axes:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            known.setdefault(label, handle)
+    axis.legend(
+        known.values(),
+        known.keys(),
+        fontsize=8,
+        loc="upper left",
+        bbox_to_anchor=(1, 1),
+        title=note,
+        title_fontsize=8,
+        alignment="left",
+    )
 
 
 def _point(axis: Axes, x: float, values: np.ndarray, name: str, labelled: bool) -> None:
