@@ -619,7 +619,7 @@ def ablations(table: pd.DataFrame) -> Figure:
         axis.hlines(height, (100 * part.ci_low).clip(-limit), (100 * part.ci_high).clip(upper=limit), color=color, lw=2)
         axis.plot(100 * part.estimate, height, marker, color=color, ms=6, label=measure)
     axis.axvline(0, color="black", lw=0.8)
-    axis.set_xlim(-limit, limit)
+    axis.set_xlim(max(-limit, 100 * table.ci_low.min() - 2), min(limit, 100 * table.ci_high.max() + 2))
     axis.set_yticks(range(len(names)), [f"{choice}: {setting}" for choice, setting in names], fontsize=8)
     axis.set_xlabel(
         f"accuracy against the default, points (95 % interval over {table.n.max()} seeds, cut at the frame)"
