@@ -182,6 +182,17 @@ def by_shift(values: pd.DataFrame) -> np.ndarray:
     return values.mean(axis=1).to_numpy()[:, None]
 
 
+def each_shift_once(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of a table of shifts without the clean ones, accuracy and ece averaged over severities.
+
+    So that each shift counts once, natural ones as much as corruptions, as in the claims.
+    """
+    keys = [name for name in rows if name not in ("severity", "accuracy", "ece", "images")]
+    measures = [name for name in ("accuracy", "ece") if name in rows]
+    shifted = rows[rows.severity > 0]
+    return shifted.groupby(keys, sort=False, observed=True, dropna=False)[measures].mean().reset_index()
+
+
 def paired_differences(
     rows: pd.DataFrame, chosen: dict[str, object], against: dict[str, object], value: str = "accuracy"
 ) -> pd.DataFrame:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from gcnet import paths
 from gcnet.cells import cell_result, cells, connectivity_images, normalized_batches, shift_rows, splits
 from gcnet.connectivity import connectivity
-from gcnet.evaluation import bootstrap, mean_corruption_error
+from gcnet.evaluation import bootstrap, each_shift_once, mean_corruption_error
 from gcnet.graph import LayerGraph
 from gcnet.store import atomic_write, provenance, used_code, write_json
 from gcnet.study import Study
@@ -286,17 +286,6 @@ def shift_table(study: Study) -> pd.DataFrame:
         for row in shift_rows(study, cell)
     ]
     return pd.DataFrame(rows)
-
-
-def each_shift_once(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of a table of shifts without the clean ones, accuracy and ece averaged over severities.
-
-    So that each shift counts once, natural ones as much as corruptions, as in the claims.
-    """
-    keys = [name for name in rows if name not in ("severity", "accuracy", "ece", "images")]
-    measures = [name for name in ("accuracy", "ece") if name in rows]
-    shifted = rows[rows.severity > 0]
-    return shifted.groupby(keys, sort=False, observed=True, dropna=False)[measures].mean().reset_index()
 
 
 def fewest_operations(flops: pd.DataFrame) -> pd.DataFrame:

@@ -13,10 +13,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from gcnet.claims import Comparison, judged
-from gcnet.evaluation import Interval, bootstrap, by_shift
+from gcnet.evaluation import Interval, bootstrap, by_shift, each_shift_once
 from gcnet.figures import layer_maps, panels, whole_numbers
 from gcnet.published import published
-from gcnet.reporting import each_shift_once
 from gcnet.snacs import GRID
 from gcnet.snacs_cells import (
     LATENCY_BATCHES,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gcnet import cells, cost, data, snacs_cells
 from gcnet.claims import Comparison, judged
-from gcnet.evaluation import bootstrap, by_shift
+from gcnet.evaluation import bootstrap, by_shift, each_shift_once
 from gcnet.store import Store, read_json, write_json
 from gcnet.structured import (
     StructuredPruning,
@@ -238,7 +238,7 @@ def accuracy_table(study: Study) -> pd.DataFrame:
             result = cell_result(study, cell)
             row |= {"macs": result["macs_left"], "parameters": result["parameters"]}
             row |= {name: result[name] for name in ("accuracy_before", "accuracy")}
-        row["shifted"] = shifts[shifts.severity > 0].groupby("shift").accuracy.mean().mean()  # each shift once
+        row["shifted"] = each_shift_once(shifts).accuracy.mean()
         rows.append(row)
     return pd.DataFrame(rows)
 
